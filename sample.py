@@ -1,0 +1,478 @@
+"""Sample images or point clouds from a checkpoint, at any resolution: python sample.py --res 512
+
+The encoder always sees the training-resolution context: a grid (or a set of points) of its own noise, which is
+integrated along with the queries. Queries are any other coordinates with their own Gaussian start; they never
+feed back into the latents, so one seed gives the same content at every resolution, cost is linear in the number
+of queries, and memory is bounded by decoding them in chunks.
+
+Alphabet and conventions are those of model.py: B batch, N context pairs, M queries; time runs from t = 1 (noise)
+to t = 0 (data); the state x is (B, N, 3), or (B, N + M, 3) where queries beyond the context are asked for.
+"""
+import argparse
+import hashlib
+import json
+import math
+import re
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import model as asft
+from data import InputError, encode_image
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def read_checkpoint(path):
+    """The checkpoint dict of a file, or of a run directory's ckpt.pt, as train.py writes it: tensors and JSON-like
+    values only, read with weights_only=True, on the CPU. Raises InputError naming the path."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; expected a ckpt.pt written by train.py, or its run directory")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:     # a broken file raises whatever its bytes provoke: zip, pickle, EOF, key errors
+        raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}); "
+                         f"expected a ckpt.pt written by train.py") from e
+    missing = {"model", "ema", "config", "step"} - set(ckpt if isinstance(ckpt, dict) else ())
+    if missing:
+        raise InputError(f"{path}: not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    return ckpt
+
+
+def load_weights(model, state, path):
+    """load_state_dict that ends in one line: what is missing, unexpected, or of another shape."""
+    own = model.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
+    wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+              for k in own if k in state and state[k].shape != own[k].shape]
+    if wrong:
+        raise InputError(f"{path}: weights of another model: {len(wrong)} of {len(own)} entries do not fit: "
+                         + "; ".join(wrong[:6]) + ("; ..." if len(wrong) > 6 else ""))
+    model.load_state_dict(state)
+
+
+def newest_checkpoint(runs="runs"):
+    found = sorted(Path(runs).glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise InputError(f"no checkpoint in {runs}/*/ckpt.pt: train one with `python train.py`, or give --ckpt")
+    return found[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Randomness: a function of (seed, sample index, purpose, block of queries), never of batch or chunk
+
+BLOCK = 4096
+
+
+def generator(*key):
+    """A CPU generator seeded by a hash of the key (ints and strings)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def gaussian(count, *key):
+    """Standard normal (count, 3), drawn on the CPU block by block, so that any device and any part gets the same."""
+    blocks = range(0, count, BLOCK)
+    return torch.cat([torch.randn(min(BLOCK, count - i), 3, generator=generator(*key, i // BLOCK)) for i in blocks])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Solvers: plain functions of a velocity(x, t) and a start x at t = 1; they return x at t = 0
+
+def euler(velocity, x, steps, **_):
+    """Euler, `steps` equal steps, one evaluation each."""
+    for i in range(steps):
+        x = x - velocity(x, 1 - i / steps) / steps
+    return x
+
+
+def heun(velocity, x, steps, **_):
+    """Heun's second-order method, `steps` equal steps, two evaluations each."""
+    h = 1 / steps
+    for i in range(steps):
+        v = velocity(x, 1 - i * h)
+        x = x - h / 2 * (v + velocity(x - h * v, max(0.0, 1 - (i + 1) * h)))
+    return x
+
+
+# Dormand & Prince 1980: stages, fifth-order weights (= last row), fifth minus fourth order
+DP_C = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
+DP_A = ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84))
+DP_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def dopri5(velocity, x, steps, control=None, rtol=1e-3, atol=1e-3, **_):
+    """Adaptive Dormand-Prince 5(4) with at most `steps` evaluations (at least 7: one step).
+
+    control: number of leading pairs (the context) whose error sets the step, None for all. When the evaluations
+    run out the remaining time is cut into the steps that are left, whatever their error, and that is said."""
+    if steps < 7:
+        raise InputError(f"--steps {steps}: dopri5 needs at least 7 evaluations")
+    t, h, evaluations, forced = 1.0, 0.05, 1, 0
+    k = [velocity(x, t)]
+    while t > 1e-9:
+        least = t / ((steps - evaluations) // 6)                       # what must be covered by each step left
+        floor = h <= least
+        h = min(max(h, least), t)
+        for c, row in zip(DP_C, DP_A):
+            y = x - h * sum(a * ki for a, ki in zip(row, k) if a)
+            k.append(velocity(y, max(0.0, t - c * h)))
+        evaluations += 6
+        error = h * sum(e * ki for e, ki in zip(DP_E, k) if e)
+        scale = atol + rtol * torch.maximum(x.abs(), y.abs())
+        norm = (error / scale)[:, :control].square().mean().sqrt().item()
+        if norm <= 1 or floor or (steps - evaluations) // 6 < 1:
+            forced += norm > 1
+            t, x, k = t - h, y, k[-1:]                                 # first stage of the next step = last of this
+        else:
+            k = k[:1]
+        h *= min(5.0, max(0.2, 0.9 * max(norm, 1e-8) ** -0.2))
+    if forced:
+        print(f"dopri5: {forced} steps above the tolerance, the cap of {steps} evaluations forced them", file=sys.stderr)
+    return x
+
+
+def sbdm(a, s, da, ds):
+    """Diffusion of score-based models, 2 (s s' - s^2 a'/a): on the linear path 2t/(1-t), unbounded at t = 1."""
+    return 2 * (s * ds - s * s * da / a.clamp_min(1e-8))
+
+
+def sigma(a, s, da, ds):
+    """Diffusion 2 s(t): on the linear path 2t."""
+    return 2 * s
+
+
+DIFFUSIONS = {"sigma": sigma, "sbdm": sbdm}
+
+
+def sde(velocity, x, steps, noise=None, path="linear", diffusion="sigma", last=0.004, **_):
+    """Euler-Maruyama on the reverse SDE: f <- f - h (v - w score / 2) + sqrt(w h) z, `steps` evaluations.
+
+    noise(i) gives z of step i. The last step, of size `last`, takes the mean, without noise. w h is kept below s^2,
+    the variance of the noise in x: beyond it one step overshoots what it corrects (sbdm at t = 1)."""
+    times = [1 + (last - 1) * i / (steps - 1) for i in range(steps)] + [0.0] if steps > 1 else [1.0, 0.0]
+    for i, (t, end) in enumerate(zip(times, times[1:])):
+        h, v = t - end, velocity(x, t)
+        a, s, da, ds = asft.PATHS[path](torch.tensor(t, dtype=torch.float64))
+        w = min(DIFFUSIONS[diffusion](a, s, da, ds).item(), s.item() ** 2 / h)
+        a, s, da, ds = a.item(), s.item(), da.item(), ds.item()
+        score = (da * x - a * v) / (s * (a * ds - da * s))             # -eps / s, with eps solved from x and v
+        x = x - h * (v - w / 2 * score)
+        if end > 0:
+            x = x + math.sqrt(w * h) * noise(i)
+    return x
+
+
+SOLVERS = {"euler": euler, "heun": heun, "dopri5": dopri5, "sde": sde}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# From a model to samples
+
+class Velocity:
+    """Guided velocity v_null + g (v_cond - v_null) of a state whose first N pairs are the context.
+
+    Calls the encoder once per evaluation and the decoder in chunks; guidance 1 runs the conditional pass alone.
+    `calls` counts evaluations (NFE); a guided one is two passes through the trunk."""
+
+    def __init__(self, model, coords, label=None, tokens=None, guidance=1.0, chunk=16384, context=None):
+        self.model, self.coords, self.guidance, self.chunk = model, coords, guidance, chunk
+        self.label, self.tokens, self.context, self.calls = label, tokens, context, 0
+        self.guided = guidance != 1 and (label is not None or tokens is not None)
+
+    def __call__(self, x, t):
+        self.calls += 1
+        B, halves, N = len(x), 1 + self.guided, self.context
+        t = x.new_full((B * halves,), t)
+        label, tokens = (None if z is None else z.repeat(halves, *[1] * (z.dim() - 1)) for z in (self.label, self.tokens))
+        drop = torch.arange(B * halves, device=x.device) >= B if self.guided else None
+        at = lambda cut: None if self.coords is None else self.coords[cut]
+        memory = self.model.keys_values(self.model.encode(at(slice(N)), x[:, :N], t, label, tokens, drop))
+        out = torch.empty_like(x)
+        m = max(1, self.chunk // B)
+        for i in range(0, x.shape[1], m):
+            cut = slice(i, i + m)
+            v = self.model.decode(memory, at(cut), x[:, cut], t, label, drop).float()
+            if self.guided:
+                cond, null = v.chunk(2)
+                v = null + self.guidance * (cond - null)
+            out[:, cut] = v
+        return out
+
+
+@torch.no_grad()
+def generate(model, indices, seed=0, size=None, label=None, tokens=None, guidance=1.0, solver="euler", steps=100,
+             chunk=16384, path="linear", diffusion="sigma", progress=None):
+    """Samples `indices` of a seed: (B, M, 3) float32 on the model's device, and the NFE.
+
+    size: (height, width) of images, a number of points, or None for the size trained on. Sample i depends on
+    (seed, i, size) alone. label (B,) int64, tokens (B, T, token_dim). progress(): called once per evaluation."""
+    cfg, device = model.cfg, model.latents.device
+    image = cfg.domain == "image"
+    trained = (cfg.res, cfg.res) if image else cfg.points
+    size = trained if size in (None, trained) else size
+    N = cfg.res ** 2 if image else cfg.points
+    M = 0 if size == trained else math.prod(size) if image else size
+
+    def noise(*key):
+        parts = [torch.cat([gaussian(N, seed, i, "context", *key)] + [gaussian(M, seed, i, size, *key)] * (M > 0))
+                 for i in indices]
+        return torch.stack(parts).to(device)                           # (B, N + M, 3)
+
+    coords = torch.cat([asft.image_coords(cfg.res)] + [asft.image_coords(*size)] * (M > 0)).to(device) if image else None
+    velocity = Velocity(model, coords, label, tokens, guidance, chunk, context=N)
+
+    def stepped(x, t):
+        v = velocity(x, t)
+        if progress is not None:
+            progress()
+        return v
+
+    x = SOLVERS[solver](stepped, noise("start"), steps, control=N, noise=lambda i: noise("sde", i), path=path,
+                        diffusion=diffusion)
+    return (x[:, N:] if M else x), velocity.calls
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures and files
+
+def draw_points(points, size=256):
+    """A shaded picture of a cloud: (P, 3) in [-1, 1], y up -> uint8 (size, size, 3).
+
+    Every point is a small sphere, lit from the upper left, seen from 30 degrees to the side and 20 above, nearer ones
+    drawn over farther ones; twice the size inside, then averaged."""
+    points, S = np.asarray(points, np.float32), 2 * size
+    turn, tilt = math.radians(30), math.radians(20)
+    x, y, z = points.T
+    x, z = math.cos(turn) * x + math.sin(turn) * z, math.cos(turn) * z - math.sin(turn) * x
+    y, z = math.cos(tilt) * y - math.sin(tilt) * z, math.cos(tilt) * z + math.sin(tilt) * y
+    radius = max(1.5, 0.55 * S / math.sqrt(len(points) + 100))
+    span = np.arange(-math.ceil(radius), math.ceil(radius) + 1)
+    dx, dy = (g.ravel() for g in np.meshgrid(span, span))
+    inside = dx ** 2 + dy ** 2 <= radius ** 2
+    dx, dy = dx[inside], dy[inside]
+    dz = np.sqrt(radius ** 2 - dx ** 2 - dy ** 2)                      # height of the sphere over its centre
+    light = np.clip((-0.45 * dx - 0.55 * dy + 0.7 * dz) / radius, 0, 1)
+    scale = 0.34 * S
+    column = np.rint(S / 2 + scale * x)[:, None].astype(np.int64) + dx
+    row = np.rint(S / 2 - scale * y)[:, None].astype(np.int64) + dy
+    depth = scale * z[:, None] + dz                                    # larger is nearer to the eye
+    near = np.clip((z + 1.5) / 3, 0, 1)[:, None]
+    tint = np.stack([0.25 + 0.55 * near[:, 0], 0.45 + 0.25 * (y * 0.5 + 0.5).clip(0, 1), 0.85 - 0.35 * near[:, 0]], -1)
+    shade = (0.35 + 0.65 * light) * (0.55 + 0.45 * near)
+    color = 255 * (tint[:, None] * shade[..., None]).clip(0, 1)        # (P, disc, 3)
+    on = (column >= 0) & (column < S) & (row >= 0) & (row < S)
+    order = np.argsort(depth[on], kind="stable")
+    picture = np.full((S * S, 3), 255, np.uint8)
+    picture[(row[on] * S + column[on])[order]] = color[on][order].astype(np.uint8)     # the nearest is written last
+    return np.asarray(Image.fromarray(picture.reshape(S, S, 3)).reduce(2))
+
+
+def grid_picture(pictures, columns=None, most=4096):
+    """Equal uint8 pictures (h, w, 3) in rows on white, small ones enlarged, the whole at most about `most` wide."""
+    h, w, _ = pictures[0].shape
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    zoom = max(1, min(128 // max(h, w), 1024 // max(w * columns, h * rows)))
+    shrink = max(1, math.ceil(max(w * columns, h * rows) / most))
+    tile = lambda p: Image.fromarray(p).resize((w * zoom, h * zoom), Image.NEAREST).reduce(shrink)
+    tw, th = tile(pictures[0]).size
+    sheet = Image.new("RGB", (columns * (tw + 2) - 2, rows * (th + 2) - 2), "white")
+    for i, p in enumerate(pictures):
+        sheet.paste(tile(p), ((i % columns) * (tw + 2), i // columns * (th + 2)))
+    return sheet
+
+
+def picture(x, size, image):
+    """One sample (M, 3) as a uint8 picture: an image of (height, width), or the preview of a cloud."""
+    x = x.float().cpu()
+    return encode_image(x, *size) if image else draw_points(x.numpy())
+
+
+def write_ply(path, points):
+    """Binary little-endian PLY of (P, 3) float32 vertices."""
+    header = ("ply\nformat binary_little_endian 1.0\n" f"element vertex {len(points)}\n"
+              "property float x\nproperty float y\nproperty float z\nend_header\n")
+    Path(path).write_bytes(header.encode() + np.ascontiguousarray(points, "<f4").tobytes())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+
+def pick_device(name):
+    """auto: CUDA if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this torch sees no CUDA device; use --device cpu")
+    return device
+
+
+def pick_dtype(name, device, fallback):
+    """auto: bfloat16 on CUDA where it has it, else `fallback`. Returns the autocast dtype, or None for float32."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else fallback
+    return {"bfloat16": torch.bfloat16, "float32": None}[name]
+
+
+def autocast(device, dtype):
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def parse_size(text, cfg):
+    """--res: an int, or HEIGHTxWIDTH."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if cfg.domain != "image":
+        raise InputError("--res is for images; this checkpoint draws points: use --points")
+    if not match or 0 in (size := (int(match[1]), int(match[2] or match[1]))):
+        raise InputError(f"--res {text}: expected a positive size such as 512, or HEIGHTxWIDTH such as 192x320")
+    return size
+
+
+def parse_classes(names, known):
+    """Class names, or else indices, to labels."""
+    labels = []
+    for name in names:
+        if name in known:
+            labels.append(known.index(name))
+        elif name.isdecimal() and int(name) < len(known):
+            labels.append(int(name))
+        elif not known:
+            raise InputError("--class: this checkpoint is unconditional, it has no classes")
+        else:
+            raise InputError(f"--class {name}: expected a class name or an index 0..{len(known) - 1}; "
+                             f"names are {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}")
+    return labels
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text}")
+    return value
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("what to sample")
+    g.add_argument("--ckpt", help="checkpoint file or run directory (default: the newest in runs/)")
+    g.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights (default: ema)")
+    g.add_argument("--n", type=positive, default=16, help="number of samples (default: 16)")
+    g.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", default=[],
+                   help="class names or indices, taken in turn (default: all classes in turn)")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--res", help="images: side, or HEIGHTxWIDTH (default: the one trained on)")
+    g.add_argument("--points", type=positive, help="clouds: number of points (default: the one trained on)")
+    g = p.add_argument_group("how (defaults: the recipe's, stored in the checkpoint)")
+    g.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none")
+    g.add_argument("--solver", choices=SOLVERS)
+    g.add_argument("--steps", type=positive, help="steps of euler, heun, sde; cap on evaluations of dopri5")
+    g.add_argument("--diffusion", choices=DIFFUSIONS, default="sigma", help="w(t) of the sde solver (default: sigma)")
+    g = p.add_argument_group("where and with what")
+    g.add_argument("--out", help="output directory (default: samples/ in the run, named by the setting)")
+    g.add_argument("--npz", action="store_true", help="also samples.npz: arr_0 uint8 (n,H,W,3), arr_1 labels (ADM's format)")
+    g.add_argument("--batch", type=positive, help="samples at a time (default: by resolution)")
+    g.add_argument("--chunk", type=positive, default=16384, help="queries decoded at a time (default: 16384)")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                   help="auto: bfloat16 on CUDA, float32 on the CPU")
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    path = Path(args.ckpt) if args.ckpt else newest_checkpoint()
+    ckpt = read_checkpoint(path)
+    device = pick_device(args.device)
+    config = ckpt["config"]
+    cfg, names, sampling = asft.Config(**config["model"]), config["class_names"], config["sampling"]
+    image = cfg.domain == "image"
+    model = asft.ASFT(cfg)
+    load_weights(model, ckpt["ema" if args.weights == "ema" else "model"], path)
+    model.to(device).eval()
+
+    size = parse_size(args.res, cfg) if args.res else (cfg.res, cfg.res) if image else args.points or cfg.points
+    if args.points and image:
+        raise InputError("--points is for point clouds; this checkpoint draws images: use --res")
+    if args.npz and not image:
+        raise InputError("--npz is ADM's format for images; clouds are written as .npy and .ply")
+    setting = dict(ckpt=str(path), step=ckpt["step"], weights=args.weights, size=size, seed=args.seed,
+                   solver=args.solver or sampling["solver"], steps=args.steps or sampling["steps"],
+                   guidance=sampling["guidance"] if args.guidance is None else args.guidance,
+                   diffusion=args.diffusion, classes=args.classes, dtype=args.dtype)
+    if not names:
+        setting["guidance"] = 1.0
+        if args.guidance not in (None, 1.0):
+            raise InputError(f"--guidance {args.guidance}: this checkpoint is unconditional, there is nothing to guide by")
+    classes = parse_classes(args.classes, names) or list(range(len(names)))
+    labels = [classes[i % len(classes)] for i in range(args.n)] if names else None
+
+    tag = "x".join(map(str, size)) if image else f"{size}points"
+    run = path if path.is_dir() else path.parent
+    out = Path(args.out) if args.out else run / "samples" / \
+        f"{tag}-{setting['solver']}{setting['steps']}-g{setting['guidance']:g}-seed{args.seed}-step{ckpt['step']}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be made a directory ({e.strerror})") from e
+    queries = math.prod(size) if image else size
+    batch = args.batch or max(1, min(64, 2 ** 20 // queries))
+
+    print(f"{path}: step {ckpt['step']}, {args.weights} weights, {cfg.domain} model trained at "
+          f"{f'{cfg.res}x{cfg.res}' if image else f'{cfg.points} points'}, sampling {args.n} at {tag} on {device}")
+    dtype = pick_dtype(args.dtype, device, "float32")
+    pictures, records, arrays, nfe, started = [], [], [], 0, time.time()
+    evaluations = setting["steps"] * (2 if setting["solver"] == "heun" else 1) * math.ceil(args.n / batch)
+    with tqdm(total=evaluations, unit="eval", desc="sampling", disable=None) as bar, autocast(device, dtype):
+        for first in range(0, args.n, batch):
+            indices = range(first, min(first + batch, args.n))
+            label = torch.tensor([labels[i] for i in indices], device=device) if names else None
+            x, nfe = generate(model, indices, args.seed, size, label, None, setting["guidance"], setting["solver"],
+                              setting["steps"], args.chunk, config["path"], args.diffusion, bar.update)
+            for i, sample in zip(indices, x.float().cpu()):
+                stem = f"{i:06d}"
+                pictures.append(picture(sample, size, image))
+                Image.fromarray(pictures[-1]).save(out / f"{stem}.png")
+                if not image:
+                    np.save(out / f"{stem}.npy", sample.numpy())
+                    write_ply(out / f"{stem}.ply", sample.numpy())
+                if args.npz:
+                    arrays.append(pictures[-1])
+                if queries > 2 ** 20:          # keep the grid's memory bounded
+                    pictures[-1] = np.asarray(Image.fromarray(pictures[-1]).reduce(math.ceil(max(size) / 1024)))
+                label_i = labels[i] if names else None
+                records.append(dict(file=f"{stem}.png" if image else f"{stem}.npy", index=i, label=label_i,
+                                    class_name=names[label_i] if names else None))
+    grid_picture(pictures).save(out / "grid.png")
+    if args.npz:
+        np.savez(out / "samples.npz", arr_0=np.stack(arrays), **({"arr_1": np.array(labels)} if names else {}))
+    setting["nfe"] = nfe
+    (out / "samples.json").write_text(json.dumps(dict(setting, normalisation=config.get("normalisation"),
+                                                      samples=records), indent=1))
+    guided = names and setting["guidance"] != 1
+    print(f"{args.n} samples in {time.time() - started:.1f} s, NFE {nfe}{' (each guided: two passes)' if guided else ''}, "
+          f"solver {setting['solver']}, guidance {setting['guidance']:g}, written to {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        print(f"sample.py: {e}", file=sys.stderr)
+        sys.exit(2)
