@@ -176,10 +176,10 @@ class Attention(nn.Module):
     def keys_values(self, memory):
         """memory (B, N, D) -> normed keys and values, each (B, H, N, d)."""
         k, v = self.kv(memory).chunk(2, -1)
-        return self.k_norm(self.split(k)), self.split(v)
+        return self.k_norm(self.split(k).float()), self.split(v)
 
     def forward(self, x, k, v, rope=None):
-        q = self.q_norm(self.split(self.q(x)))                           # (B, H, M, d)
+        q = self.q_norm(self.split(self.q(x)).float())                   # (B, H, M, d)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if x.device.type == "cpu" and x.requires_grad:

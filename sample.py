@@ -73,10 +73,10 @@ def newest_checkpoint(runs="runs"):
 BLOCK = 4096
 
 
-def generator(*key):
-    """A CPU generator seeded by a hash of the key (ints and strings)."""
+def generator(*key, device="cpu"):
+    """A generator seeded by a hash of the key (ints and strings)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def gaussian(count, *key):
@@ -227,9 +227,10 @@ def generate(model, indices, seed=0, size=None, label=None, tokens=None, guidanc
     M = 0 if size == trained else math.prod(size) if image else size
 
     def noise(*key):
-        parts = [torch.cat([gaussian(N, seed, i, "context", *key)] + [gaussian(M, seed, i, size, *key)] * (M > 0))
-                 for i in indices]
-        return torch.stack(parts).to(device)                           # (B, N + M, 3)
+        start = [torch.stack([gaussian(N, seed, i, "context", *key) for i in indices])]
+        if M:
+            start.append(torch.stack([gaussian(M, seed, i, size, *key) for i in indices]))
+        return torch.cat(start, 1).to(device)                          # (B, N + M, 3)
 
     coords = torch.cat([asft.image_coords(cfg.res)] + [asft.image_coords(*size)] * (M > 0)).to(device) if image else None
     velocity = Velocity(model, coords, label, tokens, guidance, chunk, context=N)

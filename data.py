@@ -1,0 +1,723 @@
+"""Data: pictures and point clouds as arrays, and the endless order in which a run reads them.
+
+Alphabet: B batch, R picture side in pixels, P points, N = R*R pairs of a picture; `values` what the model is
+given, `label` the class, `i` an item of a dataset, `k` a position in a run, `res` = R.
+
+| --dataset | domain | what it reads                            | classes                      | item                 |
+|-----------|--------|------------------------------------------|------------------------------|----------------------|
+| glyphs    | image  | nothing: letters and digits, drawn       | 36                           | uint8 (R,R,3) 0..255 |
+| solids    | points | nothing: tables, mugs, ... of triangles  | 7                            | float32 (P,3) -1..1  |
+| folder    | image  | any directory of pictures                | its sub-directories, or none | uint8 (R,R,3) 0..255 |
+| npz       | image  | one .npz with `images`, perhaps `labels` | its labels, or none          | uint8 (R,R,3) 0..255 |
+| shapenet  | points | PointFlow's tree of .npy clouds          | none, or its categories      | float32 (P,3) -1..1  |
+
+Units: pixels leave `decode_values` in [-1,1]; points are in the units of their own bounding box, which is centred at
+the origin with its longest side on [-1,1], y up. Item (i, rng) is a pure function of its arguments, and batch s of a
+run a pure function of (dataset, seed, s), so neither resuming nor another number of processes changes what is read.
+"""
+import colorsys
+import functools
+import inspect
+import itertools
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tokenize
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+class InputError(ValueError):
+    """Something from outside is wrong; the text is one line that names the file or argument and what was expected."""
+
+
+# Seeds are tuples, tagged so that no two purposes share a stream. Tags come first: NumPy's SeedSequence pads with
+# zeros, so (1, 2) and (1, 2, 0) would be one seed.
+ITEM, POINTS, ORDER = 101, 102, 103
+SPLITS = {"train": 0, "val": 1, "test": 2}
+
+
+def split_code(split):
+    if split not in SPLITS:
+        raise InputError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+    return SPLITS[split]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Glyphs: an endless picture set that needs no file.
+
+class Glyphs:
+    """Letters and digits, dark on pale, one per picture. `item` -> uint8 (R,R,3), label i % 36.
+
+    Everything about item i is drawn in picture units, so another `res` shows the same picture finer or coarser.
+    Raises InputError where Pillow has no scalable font.
+    """
+    needs = "no --data"
+    domain = "image"
+    HEIGHT = 0.55, 0.80       # of the inked box, in picture heights
+    ANGLE = -12.0, 12.0       # degrees
+    MARGIN = 0.04             # kept free on every side, in picture widths
+    STROKE = 0.04             # added around the outline, in em: regular becomes bold
+    PAPER = 0.80, 1.00        # each channel of the background
+    SATURATION = 0.75, 1.00
+    VALUE = 0.30, 0.65
+    LUMA = 0.32               # upper bound of the ink's Rec. 601 luma: yellow must be as readable as blue
+    EM = 1024                 # pixels per em of the drawing that all sizes are reduced from
+    OVERSAMPLE = 4            # canvas pixels per picture pixel, each way
+
+    def __init__(self, res=32, split="train"):
+        self.res, self.split = at_least_one("res", res), split_code(split)
+        self.class_names = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
+        try:
+            scalable = isinstance(ImageFont.load_default(16), ImageFont.FreeTypeFont)
+        except (ImportError, OSError, TypeError):     # no FreeType; or Pillow before 10.1, which has no size argument
+            scalable = False
+        if not scalable:
+            raise InputError("glyphs: needs Pillow >= 10.1 built with FreeType support (its built-in scalable font)")
+
+    def __len__(self):
+        return 2 ** 20
+
+    def item(self, i, rng=None):
+        """rng is not used: a mirrored letter is another letter."""
+        return self.render(i), i % len(self.class_names)
+
+    def render(self, i, res=None):
+        """Picture i at any resolution, uint8 (res,res,3)."""
+        res = res or self.res
+        over = max(1, min(self.OVERSAMPLE, self.EM // res))       # a canvas finer than the drawing shows nothing new
+        side = over * res
+        letter, em, width, height = drawn_letter(self.class_names[i % len(self.class_names)], max(1, self.EM // side))
+        u = np.random.default_rng((ITEM, self.split, i)).random(10)
+
+        # size, angle and place, in picture units; the turned box stays inside the margin
+        angle = math.radians(between(self.ANGLE, u[0]))
+        cos, sin = math.cos(angle), math.sin(angle)
+        reach_x = width * cos + height * abs(sin)
+        reach_y = height * cos + width * abs(sin)
+        room = 1 - 2 * self.MARGIN
+        scale = min(between(self.HEIGHT, u[1]) / height, room / max(reach_x, reach_y))       # picture widths per em
+        x = 0.5 + (room - scale * reach_x) * (u[2] - 0.5)
+        y = 0.5 + (room - scale * reach_y) * (u[3] - 0.5)
+
+        # Pillow wants the map from canvas pixels back to drawing pixels
+        step = em / (scale * side)
+        a, b = step * cos, step * sin
+        c = letter.width / 2 - side * (a * x + b * y)
+        f = letter.height / 2 - side * (a * y - b * x)
+        canvas = letter.transform((side, side), Image.Transform.AFFINE, (a, b, c, -b, a, f), Image.Resampling.BILINEAR)
+        ink = np.asarray(canvas.reduce(over), np.float32)[:, :, None] / 255
+
+        paper = 255 * (self.PAPER[0] + (self.PAPER[1] - self.PAPER[0]) * u[4:7])
+        colour = np.array(colorsys.hsv_to_rgb(u[7], between(self.SATURATION, u[8]), between(self.VALUE, u[9])))
+        colour *= 255 * min(1, self.LUMA / (colour @ (0.299, 0.587, 0.114)))
+        return (paper + ink * (colour - paper) + 0.5).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=144)       # 36 glyphs at four resolutions
+def drawn_letter(text, factor):
+    """One glyph, drawn once at Glyphs.EM and reduced by an integer factor.
+
+    Returns (L image with the inked box at its centre, pixels per em, box width, box height), the box in em.
+    """
+    font = ImageFont.load_default(Glyphs.EM)
+    stroke = round(Glyphs.STROKE * Glyphs.EM)
+    picture = Image.new("L", (2 * Glyphs.EM, 2 * Glyphs.EM))
+    ImageDraw.Draw(picture).text((Glyphs.EM // 2, Glyphs.EM // 2), text, 255, font, stroke_width=stroke)
+    left, top, right, bottom = picture.getbbox()
+    width, height = right - left, bottom - top
+    # sides divisible by 2 * factor, with two reduced pixels of zeros around, so that the centre stays the centre
+    wide, high = (2 * factor * math.ceil(side / (2 * factor) + 2) for side in (width, height))
+    left, top = left - (wide - width) / 2, top - (high - height) / 2
+    shift = 1, 0, left, 0, 1, top
+    picture = picture.transform((wide, high), Image.Transform.AFFINE, shift, Image.Resampling.BILINEAR)
+    return picture.reduce(factor), Glyphs.EM / factor, width / Glyphs.EM, height / Glyphs.EM
+
+
+def between(bounds, u):
+    """The number a share u of the way between two bounds."""
+    return bounds[0] + (bounds[1] - bounds[0]) * u
+
+
+def at_least_one(name, number):
+    if number < 1:
+        raise InputError(f"{name} {number}: expected at least 1")
+    return int(number)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Solids: an endless point set that needs no file. Every shape is a list of triangles, (T,3,3), so that points uniform
+# by area over the whole are one formula. x to the right, y up, z towards the viewer.
+
+def box(centre, size):
+    """Twelve triangles."""
+    corners = np.array(list(itertools.product((-0.5, 0.5), repeat=3))) * size + centre
+    faces = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
+    return np.concatenate([corners[[(a, b, c), (a, c, d)]] for a, b, c, d in faces])
+
+
+def grid(points):
+    """Two triangles for every cell of an (m,n,3) sheet of points."""
+    a, b, c, d = points[:-1, :-1], points[:-1, 1:], points[1:, 1:], points[1:, :-1]
+    return np.concatenate([np.stack([a, b, c], 2).reshape(-1, 3, 3), np.stack([a, c, d], 2).reshape(-1, 3, 3)])
+
+
+def lathe(profile, centre=(0, 0, 0), sides=48):
+    """The (radius, y) profile turned about a vertical axis: discs, cylinders, cones and whatever joins them."""
+    radius, y = np.array(profile, float).T[:, :, None]
+    turn = np.linspace(0, 2 * np.pi, sides + 1)
+    return grid(np.stack([radius * np.cos(turn), y + 0 * turn, radius * np.sin(turn)], 2)) + centre
+
+
+def torus(centre, ring, tube, start, stop):
+    """An arc of a torus in the xy plane, angles in radians from the x axis."""
+    along, around = np.linspace(start, stop, 25)[:, None], np.linspace(0, 2 * np.pi, 13)
+    out = ring + tube * np.cos(around)
+    return grid(np.stack([out * np.cos(along), out * np.sin(along), tube * np.sin(around) + 0 * along], 2)) + centre
+
+
+def wing(root, span, chord, thick, sweep, taper):
+    """A box along x from `root`, to the left if span < 0; its tip is `sweep` further back, its chord cut to `taper`."""
+    triangles = box((0.5, 0, 0), (1, thick, chord))
+    out = triangles[:, :, 0]
+    triangles[:, :, 2] = triangles[:, :, 2] * (1 - (1 - taper) * out) + sweep * out
+    return triangles * (span, 1, 1) + root
+
+
+def legs(u, half_x, half_z, height, thick):
+    """Four legs at (+-half_x, +-half_z), from the floor up; u < 0.5 square, else round and tapered."""
+    spots = list(itertools.product((-half_x, half_x), (-half_z, half_z)))
+    if u < 0.5:
+        return [box((x, height / 2, z), (thick, height, thick)) for x, z in spots]
+    return [lathe([(0, 0), (0.3 * thick, 0), (0.6 * thick, height)], (x, 0, z), sides=16) for x, z in spots]
+
+
+def table(u):
+    height, thick, half_x = between((0.5, 1.1), u[0]), between((0.03, 0.1), u[1]), between((0.5, 0.9), u[2])
+    half_z, inset, leg = 0.5, between((0.65, 0.92), u[3]), between((0.05, 0.12), u[4])
+    if u[5] < 0.3:      # round, on one foot
+        return [lathe([(0, 0), (half_z, 0), (half_z, thick), (0, thick)], (0, height, 0)),
+                lathe([(0, 0), (0.6 * half_z, 0), (0.6 * half_z, 0.04), (0.5 * leg, 0.06), (0.5 * leg, height)])]
+    return [box((0, height + thick / 2, 0), (2 * half_x, thick, 2 * half_z)),
+            *legs(u[6], inset * half_x, inset * half_z, height, leg)]
+
+
+def chair(u):
+    seat, half, leg = between((0.42, 0.55), u[0]), between((0.22, 0.30), u[1]), between((0.03, 0.06), u[2])
+    back, thick = between((0.35, 0.65), u[3]), between((0.03, 0.07), u[4])
+    parts = [box((0, seat + thick / 2, 0), (2 * half, thick, 2 * half)), *legs(u[5], half - leg, half - leg, seat, leg)]
+    floor, behind = seat + thick, thick / 2 - half
+    if u[6] < 0.5:      # a board, or two posts and three slats
+        parts.append(box((0, floor + back / 2, behind), (2 * half, back, thick)))
+    else:
+        parts += [box((x, floor + back / 2, behind), (leg, back, thick)) for x in (leg / 2 - half, half - leg / 2)]
+        slat = 2 * half - 2 * leg, 0.16 * back, thick
+        parts += [box((0, floor + back * y, behind), slat) for y in (0.3, 0.6, 0.92)]
+    if u[7] < 0.35:     # arms
+        for x in (leg / 2 - half, half - leg / 2):
+            parts.append(box((x, floor + 0.22, 0), (leg, 0.04, 2 * half)))
+            parts.append(box((x, floor + 0.1, half - leg), (leg, 0.2, leg)))
+    return parts
+
+
+def lamp(u):
+    foot, pole, shade = between((0.15, 0.28), u[0]), between((0.5, 1.3), u[1]), between((0.2, 0.42), u[2])
+    top, high, rod = shade * between((0.3, 1.0), u[3]), between((0.25, 0.45), u[4]), between((0.015, 0.04), u[5])
+    return [lathe([(0, 0), (foot, 0), (foot, 0.04), (rod, 0.07), (rod, pole)]),
+            lathe([(shade, pole - 0.3 * high), (top, pole + 0.7 * high)])]
+
+
+def mug(u):
+    low, high, height = between((0.28, 0.4), u[0]), between((0.34, 0.44), u[1]), between((0.65, 1.0), u[2])
+    ring, tube = height * between((0.24, 0.32), u[3]), between((0.035, 0.06), u[4])
+    return [lathe([(0, 0), (low, 0), (high, height), (0.88 * high, height), (0.88 * low, 0.06), (0, 0.06)]),
+            torus(((low + high) / 2, height / 2, 0), ring, tube, -np.pi / 2, np.pi / 2)]
+
+
+def bottle(u):
+    belly, body, neck = between((0.16, 0.3), u[0]), between((0.5, 0.8), u[1]), between((0.2, 0.4), u[2])
+    throat, slope = belly * between((0.25, 0.45), u[3]), between((0.08, 0.3), u[4])
+    return [lathe([(0, 0), (belly, 0), (belly, body), (throat, body + slope), (throat, body + slope + neck),
+                   (1.25 * throat, body + slope + neck), (1.25 * throat, body + slope + neck + 0.05),
+                   (0, body + slope + neck + 0.05)])]
+
+
+def airplane(u):
+    body, half_span, chord = between((0.08, 0.13), u[0]), between((0.7, 1.1), u[1]), between((0.22, 0.4), u[2])
+    sweep, taper, tail = between((0.0, 0.5), u[3]), between((0.3, 0.8), u[4]), between((0.25, 0.4), u[5])
+    hull = lathe([(0, -1), (0.6 * body, -0.93), (body, -0.75), (body, 0.4), (0.25 * body, 1), (0, 1)], sides=32)
+    parts = [hull[:, :, [0, 2, 1]]]                                                 # its axis laid along z, nose at -z
+    fin = wing((0, 0, 0.85), tail, 0.22, 0.02, 0.15, 0.6)
+    parts.append(fin[:, :, [1, 0, 2]])
+    for side in (-1, 1):
+        parts.append(wing((0, -0.3 * body, -0.1), side * half_span, chord, 0.03, sweep, taper))
+        parts.append(wing((0, 0.2 * body, 0.87), side * tail, 0.18, 0.02, 0.12, 0.6))
+        if u[6] < 0.6:      # engines under the wing
+            engine = lathe([(0, -0.12), (0.055, -0.12), (0.055, 0.12), (0, 0.12)], sides=16)[:, :, [0, 2, 1]]
+            parts.append(engine + (side * 0.4 * half_span, -0.3 * body - 0.06, 0.4 * sweep - 0.25))
+    return parts
+
+
+def bookshelf(u):
+    half_x, height, deep = between((0.3, 0.6), u[0]), between((1.0, 1.8), u[1]), between((0.22, 0.4), u[2])
+    shelves, thick = 3 + int(4 * u[3]), between((0.025, 0.05), u[4])
+    parts = [box((x, height / 2, 0), (thick, height, deep)) for x in (-half_x, half_x)]
+    parts += [box((0, y, 0), (2 * half_x - thick, thick, deep))
+              for y in np.linspace(thick / 2, height - thick / 2, shelves)]
+    if u[5] < 0.6:      # a back
+        parts.append(box((0, height / 2, -deep / 2), (2 * half_x, height, 0.02)))
+    return parts
+
+
+def normalise(points):
+    """(points - centre) / scale with centre and scale of the bounding box: its longest side spans [-1,1].
+
+    points (n,3) -> (float32 (n,3) in [-1,1], centre float64 (3,), scale float); back: points * scale + centre.
+    Raises InputError where points are not finite or all the same.
+    """
+    points = np.asarray(points, np.float64)
+    low, high = points.min(0), points.max(0)
+    centre, scale = (low + high) / 2, float((high - low).max() / 2)
+    if not 0 < scale < np.inf:                      # NaN fails too
+        raise InputError("found points that are not finite, or all the same; expected those of a surface")
+    return ((points - centre) / scale).astype(np.float32), centre, scale
+
+
+class Solids:
+    """Seven kinds of things with random proportions. `item` -> float32 (P,3) in [-1,1], label i % 7.
+
+    Points are uniform by area over the surface; the box that is normalised is that of the surface itself, so every
+    draw from one shape agrees. rng draws the points; without it they depend on i alone, and a larger P only appends.
+    """
+    needs = "no --data"
+    domain = "points"
+    SHAPES = {f.__name__: f for f in (table, chair, lamp, mug, bottle, airplane, bookshelf)}
+
+    def __init__(self, points=2048, split="train"):
+        self.points, self.split = at_least_one("points", points), split_code(split)
+        self.class_names = list(self.SHAPES)
+
+    def __len__(self):
+        return 2 ** 20
+
+    def surface(self, i):
+        """Shape i as float32 triangles (T,3,3), normalised."""
+        shape = self.SHAPES[self.class_names[i % len(self.class_names)]]
+        triangles = np.concatenate(shape(np.random.default_rng((ITEM, self.split, i)).random(8)))
+        return normalise(triangles.reshape(-1, 3))[0].reshape(-1, 3, 3)
+
+    def item(self, i, rng=None):
+        rng = np.random.default_rng((POINTS, self.split, i)) if rng is None else rng
+        return on_surface(self.surface(i), rng.random((self.points, 3))), i % len(self.class_names)
+
+
+def on_surface(triangles, u):
+    """Maps u, uniform in [0,1)^3, (P,3), to points uniform by area on triangles (T,3,3): float32 (P,3)."""
+    a, b, c = np.moveaxis(triangles.astype(np.float64), 1, 0)
+    area = np.cumsum(np.linalg.norm(np.cross(b - a, c - a), axis=1))
+    chosen = np.searchsorted(area, u[:, 0] * area[-1], side="right")
+    # the square root makes the point uniform in the triangle (Osada et al. 2002, Shape Distributions, eq. 1)
+    root, v = np.sqrt(u[:, 1:2]), u[:, 2:3]
+    return ((1 - root) * a[chosen] + root * (1 - v) * b[chosen] + root * v * c[chosen]).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folder: pictures on disk, as their owner sees them.
+
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".webp", ".gif", ".tif", ".tiff",
+              ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga"}
+SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
+
+
+class Folder:
+    """Any directory of pictures. `item` -> uint8 (R,R,3), label = index of the sub-directory, 0 without classes.
+
+    Several sub-directories with pictures are classes, sorted by name; pictures that lie flat, or under one
+    sub-directory, have none. Of a directory that is split into train, val, ... only train is read (name another one to
+    read it). Names with a leading dot are skipped. Raises InputError for a path without pictures and, from `item`, for
+    a picture that cannot be read.
+    """
+    needs = "a directory of pictures, flat or one sub-directory per class"
+    domain = "image"
+
+    def __init__(self, path, res, flip=False):
+        self.res, self.flip = at_least_one("res", res), flip
+        path = os.fspath(path)
+        if not os.path.isdir(path):
+            raise InputError(f"{path}: no such directory; expected {self.needs}")
+        files = find_pictures(path)
+        if not files:
+            raise InputError(f"{path}: no pictures in it; expected {self.needs} ({' '.join(sorted(EXTENSIONS))})")
+        tops = top_folders(path, files)
+        if "train" in tops and set(tops) <= SPLIT_FOLDERS:
+            files = [file for file, top in zip(files, tops) if top == "train"]
+            tops = top_folders(os.path.join(path, "train"), files)
+        classes = sorted(set(tops) - {""})
+        if len(classes) < 2:
+            classes = []
+        elif "" in tops:
+            raise InputError(f"{files[tops.index('')]}: lies beside class folders; expected {self.needs}")
+        number = {name: label for label, name in enumerate(classes)}
+        self.class_names, self.files, self.labels = classes, files, [number.get(top, 0) for top in tops]
+
+    def __len__(self):
+        return len(self.files)
+
+    def item(self, i, rng=None):
+        pixels = fit(read_image(self.files[i]), self.res)
+        return mirrored(pixels, rng if self.flip else None), self.labels[i]
+
+
+def find_pictures(path):
+    """All picture files below path, sorted; follows links, but enters no directory twice on one way down."""
+    found, todo = [], [(path, (os.path.realpath(path),))]
+    while todo:
+        folder, above = todo.pop()
+        try:
+            entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]   # .git, ._photo.jpg
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be listed ({one_line(error)})") from None
+        for entry in entries:
+            real = os.path.realpath(entry.path) if entry.is_dir() else None
+            if real and real not in above:
+                todo.append((entry.path, above + (real,)))
+            elif not real and os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+                found.append(entry.path)
+    return sorted(found)
+
+
+def top_folders(path, files):
+    """For each file the first directory on the way from path to it; "" where it lies directly in path."""
+    start = len(os.path.join(path, ""))
+    below = [file[start:].split(os.sep) for file in files]
+    return [parts[0] if len(parts) > 1 else "" for parts in below]
+
+
+def read_image(path):
+    """A picture file as an RGB Pillow image: upright, first frame, transparency on white, 16 bits scaled to 8.
+
+    Raises InputError naming the path if it cannot be read to its end.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no known range")
+            if image.mode.startswith("I"):          # 16-bit grey, which convert would clip; 65535 / 257 = 255
+                grey = np.rint(np.clip(np.asarray(image) / 257, 0, 255)).astype(np.uint8)
+                return Image.fromarray(grey).convert("RGB")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            return image.convert("RGB")
+    except Exception as error:                      # broken bytes make Pillow's decoders raise nearly anything
+        raise InputError(f"{path}: cannot be read as a picture ({one_line(error)})") from None
+
+
+def fit(image, res):
+    """Centre crop and resize as ADM does (guided-diffusion, center_crop_arr): uint8 (res,res,3)."""
+    while min(image.size) >= 2 * res:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = res / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - res) // 2, (image.height - res) // 2
+    return np.array(image.crop((left, top, left + res, top + res)))
+
+
+def mirrored(pixels, rng):
+    """Flipped left to right with probability 1/2; as it is where rng is None."""
+    return pixels[:, ::-1].copy() if rng is not None and rng.random() < 0.5 else pixels
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Npz: a whole picture set in one file, held in memory.
+
+class Npz:
+    """`images` uint8 (N,H,W), (N,H,W,1) or (N,H,W,3), and perhaps `labels` int (N,) and `label_names` str (K,).
+
+    `item` -> uint8 (R,R,3), label 0..K-1 (0 without labels). Without label_names the classes are the label values in
+    ascending order, whatever they are. Without res the pictures must be square and stay as they are.
+    Raises InputError naming the file, the key, what was found and what was expected.
+    """
+    needs = "an .npz file with `images` uint8 (N,H,W) or (N,H,W,3), and perhaps `labels` (N,) and `label_names`"
+    domain = "image"
+
+    def __init__(self, path, res=None, flip=False):
+        arrays = read_npz(path, ("images", "labels", "label_names"))
+        images = self.images = arrays.get("images")
+        if images is None:
+            raise InputError(f"{path}: no `images` in it; expected {self.needs}")
+        shaped = images.ndim == 3 or images.ndim == 4 and images.shape[3] in (1, 3)
+        if images.dtype != np.uint8 or not shaped or images.size == 0:
+            raise InputError(f"{path}: `images` is {images.dtype} {images.shape}; expected uint8 (N,H,W) or (N,H,W,3)")
+        height, width = images.shape[1:3]
+        if res is None and height != width:
+            raise InputError(f"{path}: `images` are {height} x {width}; expected square ones, or --res to crop them to")
+        self.res, self.flip = at_least_one("res", height if res is None else res), flip
+        self.class_names, self.labels = self.read_labels(path, arrays, len(images))
+
+    @staticmethod
+    def read_labels(path, arrays, count):
+        labels, names = arrays.get("labels"), arrays.get("label_names")
+        if labels is None:
+            return [], np.zeros(count, np.int64)
+        if labels.dtype.kind not in "iu" or labels.shape != (count,):
+            raise InputError(f"{path}: `labels` is {labels.dtype} {labels.shape}; expected integers ({count},)")
+        if names is None:
+            present, labels = np.unique(labels, return_inverse=True)
+            return [str(value) for value in present], labels.astype(np.int64)
+        if names.dtype.kind != "U" or names.ndim != 1:
+            raise InputError(f"{path}: `label_names` is {names.dtype} {names.shape}; expected strings (K,)")
+        if labels.min() < 0 or labels.max() >= len(names):
+            raise InputError(f"{path}: `labels` run from {labels.min()} to {labels.max()}; "
+                             f"expected 0 to {len(names) - 1}, one per entry of `label_names`")
+        return names.tolist(), labels.astype(np.int64)
+
+    def __len__(self):
+        return len(self.images)
+
+    def item(self, i, rng=None):
+        pixels = self.images[i]
+        if pixels.ndim == 2 or pixels.shape[2] == 1:
+            pixels = np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
+        pixels = fit(Image.fromarray(pixels), self.res)
+        return mirrored(pixels, rng if self.flip else None), int(self.labels[i])
+
+
+def read_npz(path, keys):
+    """Those of the named arrays that the archive has. Raises InputError for anything but plain arrays in an .npz."""
+    key = None
+    try:
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it is a single .npy array")
+            arrays = {}
+            for key in keys:
+                if key in archive.files:
+                    arrays[key] = archive[key]
+            return arrays
+    except BROKEN_ARRAY as error:
+        what = f"`{key}` cannot be read" if key else "cannot be read"
+        raise InputError(f"{path}: {what}; expected an .npz of plain arrays ({one_line(error)})") from None
+
+
+# what np.load and the archive's members raise for missing, foreign, cut and pickled files
+BROKEN_ARRAY = (OSError, ValueError, EOFError, TypeError, SyntaxError, NotImplementedError, RuntimeError, zlib.error,
+                zipfile.BadZipFile, pickle.UnpicklingError, tokenize.TokenError)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ShapeNet: PointFlow's ShapeNetCore.v2.PC15k, or any tree of the same layout.
+
+# synset -> category of ShapeNetCore v2, in the names of PointFlow's datasets.py
+CATEGORIES = {
+    "02691156": "airplane", "02747177": "can", "02773838": "bag", "02801938": "basket", "02808440": "bathtub",
+    "02818832": "bed", "02828884": "bench", "02843684": "birdhouse", "02871439": "bookshelf", "02876657": "bottle",
+    "02880940": "bowl", "02924116": "bus", "02933112": "cabinet", "02942699": "camera", "02946921": "tin_can",
+    "02954340": "cap", "02958343": "car", "02992529": "cellphone", "03001627": "chair", "03046257": "clock",
+    "03085013": "keyboard", "03207941": "dishwasher", "03211117": "monitor", "03261776": "earphone",
+    "03325088": "faucet", "03337140": "file", "03467517": "guitar", "03513137": "helmet", "03593526": "jar",
+    "03624134": "knife", "03636649": "lamp", "03642806": "laptop", "03691459": "speaker", "03710193": "mailbox",
+    "03759954": "microphone", "03761084": "microwave", "03790512": "motorcycle", "03797390": "mug",
+    "03928116": "piano", "03938244": "pillow", "03948459": "pistol", "03991062": "pot", "04004475": "printer",
+    "04074963": "remote_control", "04090263": "rifle", "04099429": "rocket", "04225987": "skateboard",
+    "04256520": "sofa", "04330267": "stove", "04379243": "table", "04401088": "telephone", "04460130": "tower",
+    "04468005": "train", "04530566": "vessel", "04554684": "washer",
+}
+
+
+class ShapeNet:
+    """<synset>/{train,val,test}/<id>.npy, each floating (n,3). `item` -> float32 (P,3) in [-1,1].
+
+    Every shape is normalised by the bounding box of all its stored points. rng picks P of them at random; without it
+    they are PointFlow's reference points, the first P of those it sets aside for tests (from number 10,000 on), or the
+    first P of all where the file has too few. category: "all", a name or a synset. labels=True makes the categories
+    present classes, sorted by synset; else the set has none, as the paper's models do.
+    Raises InputError for a tree of another layout and, from `item`, for a cloud that is not as above.
+    """
+    needs = "the tree ShapeNetCore.v2.PC15k: <synset>/{train,val,test}/<id>.npy of floats (15000,3)"
+    domain = "points"
+    SET_ASIDE = 10000       # PointFlow, datasets.py: the first 10,000 of 15,000 points train, the rest test
+
+    def __init__(self, path, points=2048, split="train", category="all", labels=False):
+        split_code(split)
+        self.points = at_least_one("points", points)
+        path = os.fspath(path)
+        if os.path.isdir(os.path.join(path, "ShapeNetCore.v2.PC15k")):
+            path = os.path.join(path, "ShapeNetCore.v2.PC15k")
+        if not os.path.isdir(path):
+            raise InputError(f"{path}: no such directory; expected {self.needs}")
+        present = sorted(name for name in os.listdir(path)
+                         if any(os.path.isdir(os.path.join(path, name, part)) for part in SPLITS))
+        synset = {name: key for key, name in CATEGORIES.items()}.get(category, category)
+        if category != "all" and synset not in present:
+            known = ", ".join(CATEGORIES.get(name, name) for name in present) or "none"
+            raise InputError(f"category {category}: no {os.path.join(path, synset)}; the tree has {known}")
+        chosen = present if category == "all" else [synset]
+        self.files, self.labels = [], []
+        for label, name in enumerate(chosen):
+            folder = os.path.join(path, name, split)
+            names = os.listdir(folder) if os.path.isdir(folder) else []
+            clouds = sorted(file for file in names if file.endswith(".npy") and not file.startswith("."))
+            self.files += [os.path.join(folder, file) for file in clouds]
+            self.labels += [label if labels else 0] * len(clouds)
+        if not self.files:
+            raise InputError(f"{path}: no .npy file for split {split}; expected {self.needs}")
+        self.class_names = [CATEGORIES.get(name, name) for name in chosen] if labels else []
+
+    def __len__(self):
+        return len(self.files)
+
+    def stored(self, i):
+        """All points of shape i as stored: floats (n,3), n >= P, read-only."""
+        try:
+            cloud = np.load(self.files[i], mmap_mode="r", allow_pickle=False)
+        except BROKEN_ARRAY as error:
+            raise InputError(f"cannot be read; expected a plain .npy array ({one_line(error)})") from None
+        if not isinstance(cloud, np.ndarray) or cloud.ndim != 2 or cloud.shape[1] != 3 or cloud.dtype.kind != "f":
+            found = f"{cloud.dtype} {cloud.shape}" if isinstance(cloud, np.ndarray) else "an .npz archive"
+            raise InputError(f"found {found}; expected floats (n,3)")
+        if len(cloud) < self.points:
+            raise InputError(f"found {len(cloud)} points; expected at least the {self.points} asked for")
+        return cloud
+
+    def item(self, i, rng=None):
+        try:
+            cloud = normalise(self.stored(i))[0]
+        except InputError as error:
+            raise InputError(f"{self.files[i]}: {error}") from None
+        if rng is not None:
+            return cloud[rng.choice(len(cloud), self.points, replace=False)], self.labels[i]
+        start = self.SET_ASIDE if len(cloud) >= self.SET_ASIDE + self.points else 0
+        return cloud[start:start + self.points].copy(), self.labels[i]
+
+
+DATASETS = {"glyphs": Glyphs, "solids": Solids, "folder": Folder, "npz": Npz, "shapenet": ShapeNet}
+
+
+def load(name, path=None, res=None, points=None, category="all", split="train", flip=False):
+    """Builds DATASETS[name] from those of the arguments that it takes; None means its own default.
+
+    Raises InputError for an unknown name or split and for an argument that is needed and missing.
+    """
+    if name not in DATASETS:
+        raise InputError(f"--dataset {name}: expected one of {', '.join(DATASETS)}")
+    given = dict(path=path, res=res, points=points, category=category, split=split, flip=flip)
+    options = {}
+    for key, parameter in inspect.signature(DATASETS[name]).parameters.items():
+        if given.get(key) is not None:
+            options[key] = given[key]
+        elif parameter.default is parameter.empty:
+            needs = f"--data is missing: it needs {DATASETS[name].needs}" if key == "path" else f"--{key} is missing"
+            raise InputError(f"--dataset {name}: {needs}")
+    return DATASETS[name](**options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order of a run: which item comes at which position, and the batches that follow from it.
+
+@functools.lru_cache(maxsize=2)         # workers read ahead over the end of an epoch; 4 MB for a set of 2**20
+def permutation(n, seed, epoch):
+    return np.random.default_rng((ORDER, seed, epoch)).permutation(n).astype(np.int32)
+
+
+def item_index(n, seed, k):
+    """Item at position k of an endless run over n items: each once per epoch, in a fresh order every epoch."""
+    return int(permutation(n, seed, k // n)[k % n])
+
+
+class Run(torch.utils.data.Dataset):
+    """run[k] -> (tensor, label): the item at position k, augmented by a generator of (seed, k) alone."""
+
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, k):
+        i = item_index(len(self.dataset), self.seed, k)
+        array, label = self.dataset.item(i, np.random.default_rng((self.seed, k)))
+        return torch.from_numpy(array), label
+
+    def __getitems__(self, positions):
+        # What torch's DataLoader calls for a batch. An exception would come back wrapped in the worker's traceback.
+        try:
+            return [self[k] for k in positions]
+        except InputError as error:
+            return error
+
+
+def collate(samples):
+    if isinstance(samples, InputError):
+        return samples
+    arrays, labels = zip(*samples)
+    return torch.stack(arrays), torch.tensor(labels, dtype=torch.int64)
+
+
+def start_worker(_):
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)      # Ctrl-C reaches the whole group; the main process ends us
+
+
+def positions(step, batch_size, micro, rank, world):
+    """Lists of run positions, one per micro-batch of this rank, from optimizer step `step` on, without end."""
+    block = batch_size // world
+    for s in itertools.count(step):
+        first = s * batch_size + rank * block
+        for start in range(first, first + block, micro):
+            yield list(range(start, start + micro))
+
+
+def loader(dataset, seed, step, batch_size, micro, rank=0, world=1, workers=0, pin=False):
+    """Endless iterator of micro-batches (values, labels) from optimizer step `step` on.
+
+    Step s reads run positions s*batch_size .. (s+1)*batch_size-1; rank r has the r-th of `world` equal blocks of them,
+    cut in order into micro-batches: the same batches for every world, micro and workers.
+    values: uint8 (micro,R,R,3) or float32 (micro,P,3); labels: int64 (micro,).
+    Raises InputError at once for sizes that do not divide, and while iterating for an item that cannot be read.
+    """
+    at_least_one("micro-batch", micro)
+    if at_least_one("batch size", batch_size) % (world * micro):
+        raise InputError(f"batch size {batch_size}: expected a multiple of {world} processes x micro-batch {micro}")
+    if seed < 0 or step < 0 or workers < 0:
+        raise InputError(f"seed {seed}, step {step}, workers {workers}: none may be negative")
+    # fork shares the dataset's arrays with the workers; elsewhere than on Linux it is unsafe or missing
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None) if workers else None
+    source = torch.utils.data.DataLoader(
+        Run(dataset, seed), batch_sampler=positions(step, batch_size, micro, rank, world), collate_fn=collate,
+        num_workers=workers, worker_init_fn=start_worker, persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None, multiprocessing_context=context, pin_memory=pin,
+        generator=torch.Generator())                  # its own, or it would draw from the global one
+    return unwrap(source)
+
+
+def unwrap(source):
+    for batch in source:
+        if isinstance(batch, InputError):
+            raise batch
+        values, labels = batch
+        yield values, labels
+
+
+def decode_values(batch, device):
+    """A loader's first tensor as the model's values: uint8 (B,R,R,3) -> float32 (B,R*R,3) in [-1,1]; points as are."""
+    batch = batch.to(device, non_blocking=True)
+    if batch.dtype != torch.uint8:
+        return batch
+    return batch.flatten(1, 2).float() / 127.5 - 1
+
+
+def encode_image(values, height, width):
+    """The way back for one picture: (height*width,3) in [-1,1], clamped and rounded -> uint8 array (height,width,3)."""
+    pixels = ((torch.as_tensor(values).detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
+    return pixels.to(torch.uint8).reshape(height, width, 3).numpy()

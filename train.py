@@ -1,0 +1,464 @@
+"""Train ASFT on images or point clouds: python train.py, or torchrun --nproc_per_node=8 train.py --dataset imagenet256
+
+One optimizer step reads one global batch; what is drawn for sample i of it (time, noise, condition drop, decoded
+pairs) is a function of (seed, step, i) alone, and so is the data order. One process, several processes and
+accumulated micro-batches therefore do the same arithmetic, and a resumed run continues exactly.
+
+Alphabet and conventions are those of model.py. A run directory holds config.json, log.jsonl, loss.png,
+samples-STEP.png (upper half EMA weights, lower half raw ones, always the same seeds), and ckpt.pt.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import data
+import model as asft
+from data import InputError
+from sample import (autocast, generate, generator, grid_picture, load_weights, pick_device, pick_dtype, picture,
+                    positive, read_checkpoint)
+
+# ---------------------------------------------------------------------------------------------------------
+# Recipes: every value is a default that a flag of the same name overrides
+
+PAPER = dict(lr=1e-4, warmup=0, schedule="constant", ema=0.999, clip=2.0, drop=0.1, path="linear", times="uniform",
+             beta2=0.999, flip=False, solver="euler", sampling_steps=100, guidance=1.0)       # App. A
+IMAGENET = dict(PAPER, loader="folder", model="XL", batch_size=512, steps=1_700_000, guidance=1.5, flip=True)
+SCENES = dict(PAPER, loader="folder", model="B", res=256, decode=8192, batch_size=256, steps=1_000_000, flip=True)
+SMALL = dict(PAPER, model="tiny", decode=256, batch_size=64, steps=3000, lr=2e-3, warmup=100, schedule="cosine",
+             ema=0.995, sampling_steps=50, guidance=2.0)                                      # two CPU cores
+
+RECIPES = {
+    "glyphs": dict(SMALL, loader="glyphs", res=32),
+    "solids": dict(SMALL, loader="solids", model="point-tiny", points=512, decode=512, batch_size=32),
+    "folder": dict(SMALL, loader="folder", res=32),
+    "npz": dict(SMALL, loader="npz"),
+    "imagenet128": dict(IMAGENET, res=128, decode=4096),
+    "imagenet256": dict(IMAGENET, res=256, decode=8192),
+    "ffhq256": dict(SCENES),
+    "church256": dict(SCENES),
+    "shapenet": dict(PAPER, loader="shapenet", model="point-B", points=2048, decode=2048, batch_size=16,
+                     steps=800_000, solver="sde", sampling_steps=1000),
+}
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = lambda group, name, help, **kw: group.add_argument(name, help=help, default=None, **kw)
+    g = p.add_argument_group("data")
+    flag(g, "--dataset", "recipe and data set (default: glyphs)", choices=RECIPES)
+    flag(g, "--data", "folder or file of the data set; glyphs and solids need none")
+    flag(g, "--category", "shapenet: airplane, chair, car, ... or all (default: all)")
+    flag(g, "--res", "images: training resolution", type=positive)
+    flag(g, "--points", "clouds: points of a training sample", type=positive)
+    flag(g, "--flip", "mirror images at random", action=argparse.BooleanOptionalAction)
+    g = p.add_argument_group("model")
+    flag(g, "--model", "preset", choices=asft.PRESETS)
+    flag(g, "--encoder", "how the context is read", choices=sorted({e for es in asft.ENCODERS.values() for e in es}))
+    for name, help in (("width", "D"), ("depth", "trunk blocks"), ("heads", "H"), ("latents", "L, on images a square number"),
+                       ("levels", "K, decoder blocks")):
+        flag(g, f"--{name}", help, type=positive)
+    flag(g, "--rope", "rotary embedding of the latent grid", action=argparse.BooleanOptionalAction)
+    g = p.add_argument_group("recipe (defaults: the data set's row in RECIPES)")
+    flag(g, "--steps", "optimizer steps", type=positive)
+    flag(g, "--batch-size", "samples of one optimizer step, over all processes", type=positive)
+    flag(g, "--decode", "decoded pairs M of a sample", type=positive)
+    flag(g, "--lr", "learning rate", type=float)
+    flag(g, "--warmup", "steps of linear warm-up", type=int)
+    flag(g, "--schedule", "learning rate after it", choices=SCHEDULES)
+    flag(g, "--beta2", "of AdamW", type=float)
+    flag(g, "--clip", "largest gradient norm", type=float)
+    flag(g, "--ema", "decay of the averaged weights", type=float)
+    flag(g, "--drop", "probability of dropping the condition", type=float)
+    flag(g, "--path", "between data and noise", choices=asft.PATHS)
+    flag(g, "--times", "distribution of t", choices=asft.TIMES)
+    flag(g, "--solver", "default of sample.py for this run", choices=("euler", "heun", "dopri5", "sde"))
+    flag(g, "--sampling-steps", "default of sample.py for this run", type=positive)
+    flag(g, "--guidance", "default of sample.py for this run", type=float)
+    flag(g, "--seed", "of weights, data order, noise (default: 0)", type=int)
+    g = p.add_argument_group("machine")
+    flag(g, "--device", "auto, cpu or cuda (default: auto)")
+    flag(g, "--dtype", "auto: bfloat16 autocast where the processor has it", choices=("auto", "float32", "bfloat16"))
+    flag(g, "--compile", "torch.compile (default: on CUDA)", action=argparse.BooleanOptionalAction)
+    flag(g, "--accumulate", "micro-batches of one process and step (default: 1)", type=positive)
+    flag(g, "--grad-checkpoint", "recompute blocks in the backward pass: less memory, more time", action="store_true")
+    flag(g, "--workers", "data processes per training process (default: 1 on the CPU, 4 on CUDA)", type=int)
+    g = p.add_argument_group("run directory")
+    flag(g, "--out", "run directory (default: runs/DATASET)")
+    flag(g, "--resume", "auto: continue the run in --out if there is one; or a checkpoint, or a run directory")
+    flag(g, "--log-every", "steps (default: 10)", type=positive)
+    flag(g, "--save-every", "steps (default: 1000)", type=positive)
+    flag(g, "--sample-every", "steps (default: 500)", type=positive)
+    flag(g, "--keep", "earlier checkpoints kept as ckpt-STEP.pt (default: 1)", type=int)
+    flag(g, "--max-bad-steps", "stop after so many non-finite steps in a row (default: 20)", type=positive)
+    return p
+
+
+DEFAULTS = dict(dataset="glyphs", data=None, category="all", res=None, points=None, encoder=None, width=None, depth=None,
+                heads=None, latents=None, levels=None, rope=None, seed=0, device="auto", dtype="auto", compile=None,
+                accumulate=1, grad_checkpoint=False, workers=None, out=None, resume=None, log_every=10, save_every=1000,
+                sample_every=500, keep=1, max_bad_steps=20)
+
+SCHEDULES = {"constant": lambda progress: 1.0, "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress)}
+
+
+def settings(argv=None):
+    """Flags over the resumed run's settings over the recipe: a namespace, and the checkpoint to resume (or None)."""
+    given = {k: v for k, v in vars(parser().parse_args(argv)).items() if v is not None}
+    resume, ckpt = given.get("resume"), None
+    out = Path(given.get("out") or f"runs/{given.get('dataset', 'glyphs')}")
+    if resume == "auto":
+        resume = out if (out / "ckpt.pt").exists() else None
+        if resume is None:
+            print0(f"--resume auto: no checkpoint in {out}, starting at step 0")
+    elif resume is None and (out / "ckpt.pt").exists():
+        raise InputError(f"{out} holds a run already: continue it with --resume auto, or give another --out")
+    elif resume is not None and "out" not in given:
+        out = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    if resume is not None:
+        ckpt = read_checkpoint(resume)
+    stored = ckpt["config"]["settings"] if ckpt else {}
+    dataset = given.get("dataset") or stored.get("dataset") or DEFAULTS["dataset"]
+    args = argparse.Namespace(**{**DEFAULTS, **RECIPES[dataset], **stored, **given, "dataset": dataset, "out": str(out)})
+    if not 0 <= args.ema < 1 or not 0 <= args.drop <= 1 or not args.lr > 0 or not args.clip > 0 or args.warmup < 0:
+        raise InputError(f"expected 0 <= --ema < 1, 0 <= --drop <= 1, --lr > 0, --clip > 0, --warmup >= 0, not "
+                         f"{args.ema}, {args.drop}, {args.lr}, {args.clip}, {args.warmup}")
+    return args, ckpt
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Processes: valid with and without torchrun
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*words):
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def start_processes(args):
+    """Device of this process; joins the process group where torchrun set one up. LOCAL_RANK picks the device, RANK
+    the share of the data."""
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                     # TF32 for what autocast leaves in float32
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def any_rank(flag, device):
+    """True where the flag is set on any process."""
+    if WORLD == 1:
+        return flag
+    flag = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag.item() > 0
+
+
+def bfloat16_cpu():
+    """Whether this processor multiplies in bfloat16 (elsewhere it is emulated, slower than float32)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(f" {name}" in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One step
+
+def draw(seed, step, places, N, M, drop, device):
+    """What the loss needs besides data for the samples at `places` of the global batch of `step`: uniforms (B,),
+    noise (B, N, 3), condition drop (B,) bool, decoded pairs (B, M) int64; each a function of (seed, step, place)."""
+    rows = []
+    for place in places:
+        g = generator(seed, step, place, device=device)
+        u = torch.rand(2, generator=g, device=device)
+        rows.append((u[0], torch.randn(N, 3, generator=g, device=device), u[1] < drop,
+                     torch.randperm(N, generator=g, device=device)[:M]))
+    return [torch.stack(column) for column in zip(*rows)]
+
+
+def micro_loss(net, coords, batch, step, places, args, device, dtype):
+    """CICFM loss of one micro-batch (values, labels) whose samples stand at `places` of the global batch."""
+    x0 = data.decode_values(batch[0], device)                                            # (B, N, 3)
+    u, eps, drop, query = draw(args.seed, step, places, x0.shape[1], args.decode, args.drop, device)
+    with autocast(device, dtype):
+        return asft.cicfm_loss(net, coords, x0, eps, asft.TIMES[args.times](u), query, args.path,
+                               label=batch[1].to(device, non_blocking=True), drop=drop)
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """ema <- d ema + (1-d) model with d = min(decay, (1+s)/(10+s)); buffers are copied, not averaged."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+    for average, own in zip(ema.buffers(), model.buffers()):
+        average.copy_(own)
+
+
+def learning_rate(args, step):
+    warmup = min(1.0, (step + 1) / max(1, args.warmup))
+    return args.lr * warmup * SCHEDULES[args.schedule](min(1.0, step / args.steps))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Run directory
+
+def write_atomic(path, write):
+    """Write to a temporary file beside path, fsync, rename: a reader sees the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(out, step, model, ema, optimizer, config, keep):
+    """ckpt.pt, and the `keep` checkpoints before it as ckpt-STEP.pt (hard links: no second copy is written)."""
+    state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                 data_position=step * config["settings"]["batch_size"], rng=torch.get_rng_state(), config=config)
+    if keep > 0 and (out / "ckpt.pt").exists():
+        earlier = out / f"ckpt-{read_checkpoint(out)['step']:07d}.pt"
+        if not earlier.exists():
+            try:
+                os.link(out / "ckpt.pt", earlier)
+            except OSError:                                            # a file system without hard links
+                shutil.copy(out / "ckpt.pt", earlier)
+    write_atomic(out / "ckpt.pt", lambda f: torch.save(state, f))
+    for old in sorted(out.glob("ckpt-*.pt"))[:-keep or None]:
+        old.unlink()
+
+
+def draw_curve(path, records, width=720, height=360):
+    """loss.png: the logged losses and their running mean over steps, logarithmic in loss."""
+    points = [(r["step"], r["loss"]) for r in records if r["loss"]]
+    if len(points) < 2:
+        return
+    smooth, mean = [], points[0][1]
+    for i, (step, loss) in enumerate(points):
+        mean += (loss - mean) * max(0.05, 1 / (i + 1))
+        smooth.append((step, mean))
+    low, high = (math.log(f(loss for _, loss in points)) for f in (min, max))
+    first, final = points[0][0], points[-1][0]
+    left, top, w, h = 60, 20, width - 80, height - 60
+    place = lambda p: (left + w * (p[0] - first) / max(1, final - first),
+                       top + h * (high - math.log(p[1])) / max(1e-9, high - low))
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.rectangle((left, top, left + w, top + h), outline="#999999")
+    for i in range(5):
+        level = math.exp(low + (high - low) * i / 4)
+        y = place((first, level))[1]
+        pen.line((left, y, left + w, y), fill="#dddddd")
+        pen.text((6, y - 6), f"{level:.4f}", fill="black")
+        pen.text((left + w * i / 4 - 12, top + h + 6), f"{first + (final - first) * i // 4}", fill="black")
+    pen.text((left + w / 2 - 60, height - 18), f"step (loss, last mean {mean:.4f})", fill="black")
+    pen.line([place(p) for p in points], fill="#b9cbe8")
+    pen.line([place(p) for p in smooth], fill="#1f4e9c", width=2)
+    sheet.save(path)
+
+
+def sample_picture(path, model, ema, args, n_classes, device, dtype, n=16):
+    """The same n seeds with EMA weights (upper half) and raw weights (lower half), in at most 50 Euler steps."""
+    cfg, pictures = model.cfg, []
+    label = torch.arange(n, device=device) % n_classes if n_classes else None
+    for net in (ema, model):
+        net.eval()
+        with autocast(device, dtype):
+            x, _ = generate(net, range(n), args.seed, label=label, guidance=args.guidance if n_classes else 1.0,
+                            steps=min(50, args.sampling_steps), path=args.path)
+        pictures += [picture(p, (cfg.res, cfg.res), cfg.domain == "image") for p in x]
+    model.train()
+    grid_picture(pictures, columns=8).save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run
+
+def build(args):
+    """Data set and model configuration, with the one line that says what does not fit."""
+    preset = asft.PRESETS[args.model]
+    image = preset.get("domain", "image") == "image"
+    dataset = data.load(args.loader, args.data, res=args.res, points=args.points, category=args.category, flip=args.flip)
+    if (dataset.domain == "image") != image:
+        raise InputError(f"--model {args.model} is for {'images' if image else 'points'}, "
+                         f"--dataset {args.dataset} holds {dataset.domain}s".replace("pointss", "points"))
+    changes = {k: getattr(args, k) for k in ("width", "depth", "heads", "latents", "levels", "encoder", "rope")}
+    changes = {k: v for k, v in changes.items() if v is not None}
+    changes.update(dict(res=dataset.res) if image else dict(points=dataset.points), n_classes=len(dataset.class_names))
+    try:
+        cfg = asft.config(args.model, **changes)
+    except ValueError as e:
+        raise InputError(str(e)) from e
+    N = cfg.res ** 2 if image else cfg.points
+    if args.decode > N:
+        raise InputError(f"--decode {args.decode}: a training sample has only {N} pairs")
+    if args.batch_size % (WORLD * args.accumulate):
+        raise InputError(f"--batch-size {args.batch_size} is not divisible by {WORLD} processes x "
+                         f"{args.accumulate} micro-batches (--accumulate)")
+    return dataset, cfg
+
+
+def main(argv=None):
+    args, ckpt = settings(argv)
+    dataset, cfg = build(args)
+    device = start_processes(args)
+    dtype = pick_dtype(args.dtype, device, "bfloat16" if bfloat16_cpu() else "float32")
+    compiled = args.compile if args.compile is not None else device.type == "cuda"
+    workers = args.workers if args.workers is not None else 4 if device.type == "cuda" else 1
+    micro = args.batch_size // (WORLD * args.accumulate)
+    out = Path(args.out)
+
+    # model, averaged model, optimizer; `net` is what is called, `model` what is saved
+    torch.manual_seed(args.seed)
+    model = asft.ASFT(cfg).to(device)
+    model.grad_checkpoint = args.grad_checkpoint
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), eps=1e-8, weight_decay=0.0,
+                                  fused=True)
+    step = 0
+    if ckpt:
+        if ckpt["config"]["model"] != asdict(cfg):
+            differ = [k for k, v in asdict(cfg).items() if ckpt["config"]["model"].get(k) != v]
+            raise InputError(f"--resume: the checkpoint's model differs in {', '.join(differ)}; drop those flags")
+        load_weights(model, ckpt["model"], args.resume)
+        load_weights(ema, ckpt["ema"], args.resume)
+        optimizer.load_state_dict(ckpt["optimizer"])
+        step = ckpt["step"]
+        print0(f"resumed at step {step}")
+    net = torch.compile(model) if compiled else model
+    if WORLD > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+
+    config = dict(model=asdict(cfg), class_names=dataset.class_names, path=args.path, settings=dict(vars(args)),
+                  sampling=dict(solver=args.solver, steps=args.sampling_steps, guidance=args.guidance),
+                  normalisation=None if cfg.domain == "image" else "box", torch=str(torch.__version__))
+    records = []
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(config, indent=1))
+        if ckpt and (out / "log.jsonl").exists():                      # forget what was logged after the checkpoint
+            records = [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["step"] <= step]
+        (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    print0(f"{args.dataset}: {len(dataset)} items, {len(dataset.class_names) or 'no'} classes; model {args.model}, "
+           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {device}, "
+           f"{'float32' if dtype is None else 'bfloat16 autocast'}{', compiled' if compiled else ''}")
+    print0(f"global batch {args.batch_size} = {WORLD} processes x {args.accumulate} micro-batches of {micro}; "
+           f"{args.decode} of {cfg.res ** 2 if cfg.domain == 'image' else cfg.points} pairs decoded; "
+           f"steps {step} to {args.steps}; run directory {out}")
+
+    batches = iter(data.loader(dataset, args.seed, step, args.batch_size, micro, RANK, WORLD, workers,
+                               pin=device.type == "cuda"))
+    coords = asft.image_coords(cfg.res, device=device) if cfg.domain == "image" else None
+    first_place = RANK * micro * args.accumulate
+    stop = []                                                          # signals seen
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, frame: stop.append(n))
+    total, bad = torch.zeros(2, device=device), torch.zeros(2, device=device)    # loss sum, count; bad in a row, in all
+    saved, logged, started = step, step, time.time()
+    bar = tqdm(total=args.steps, initial=step, unit="step", disable=None if RANK == 0 else True, smoothing=0.05)
+
+    while True:
+        last = step >= args.steps
+        if (step - logged >= args.log_every or last) and step > logged:
+            if WORLD > 1:
+                dist.all_reduce(total)
+            (loss, count), (row, skipped) = total.tolist(), bad.tolist()
+            loss = loss / count if count else math.nan
+            rate = (step - logged) / (time.time() - started)
+            if RANK == 0:
+                memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident()
+                records.append(dict(step=step, loss=finite(loss), grad_norm=finite(norm.item()), lr=lr, steps_per_s=round(rate, 3),
+                                    samples_per_s=round(rate * args.batch_size, 2), peak_gb=round(memory / 1e9, 3),
+                                    skipped=int(skipped)))
+                with open(out / "log.jsonl", "a") as f:
+                    f.write(json.dumps(records[-1]) + "\n")
+                bar.set_postfix(loss=f"{loss:.4f}", samples_per_s=f"{rate * args.batch_size:.0f}")
+            if row >= args.max_bad_steps:
+                raise InputError(f"{int(row)} steps in a row up to step {step} had a non-finite loss or gradient "
+                                 f"(--max-bad-steps {args.max_bad_steps}); the checkpoint of step {saved} is kept")
+            total.zero_()
+            logged, started = step, time.time()
+        # processes may see a signal at different steps: they agree on it where they meet anyway
+        stopping = bool(stop) if WORLD == 1 else step == logged and any_rank(bool(stop), device)
+        if RANK == 0:
+            if step > saved and (step % args.save_every == 0 or last or stopping):
+                save_checkpoint(out, step, model, ema, optimizer, config, args.keep)
+                draw_curve(out / "loss.png", records)
+                saved = step
+            if step > 0 and (step % args.sample_every == 0 or last) and not stopping:
+                sample_picture(out / f"samples-{step:07d}.png", model, ema, args, len(dataset.class_names), device, dtype)
+                started = time.time() if step == logged else started
+        if last or stopping:
+            break
+
+        lr = learning_rate(args, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for i in range(args.accumulate):
+            places = range(first_place + i * micro, first_place + (i + 1) * micro)
+            with net.no_sync() if WORLD > 1 and i + 1 < args.accumulate else nullcontext():
+                loss = micro_loss(net, coords, next(batches), step, places, args, device, dtype)
+                (loss / args.accumulate).backward()
+            total += torch.stack([loss.detach().nan_to_num(0, 0, 0), loss.isfinite().float()])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip, foreach=True)
+        # a non-finite step is skipped by the fused optimizer on the device, so that the host need not wait for it
+        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, model, step, args.ema)
+        bad = torch.stack([(bad[0] + 1) * optimizer.found_inf, bad[1] + optimizer.found_inf])
+        step += 1
+        bar.update()
+
+    bar.close()
+    if stopping:
+        print0(f"stopped by signal {stop[0] if stop else ''} at step {step}, saved; continue with --resume auto")
+    else:
+        print0(f"done at step {step}: {out}/ckpt.pt; sample it with: python sample.py --ckpt {out}")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def finite(x):
+    """None for what JSON cannot hold."""
+    return x if math.isfinite(x) else None
+
+
+def peak_resident():
+    """Largest resident size of this process in bytes, 0 where the platform does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        if RANK == 0 or dist.is_initialized():                         # what concerns every process is said once
+            print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(2)
