@@ -413,7 +413,7 @@ class ASFT(nn.Module):
                 context = context + fourier(coords, self.freqs)
             return self.latents.expand(b, -1, -1), context
         if cfg.encoder == "hash":
-            order = morton_code(values).argsort(1, stable=True)
+            order = morton_code(values).argsort(dim=1, stable=True)
             values = values.gather(1, order[..., None].expand_as(values))
             values = values.view(b, cfg.latents, -1, 3).transpose(0, 1)                  # (L, b, n, 3)
             return self.encoder(self.latents, self.stem(values)) + self.stem(values.mean(2)).transpose(0, 1), None

@@ -42,10 +42,22 @@ def read_checkpoint(path):
     except Exception as e:     # a broken file raises whatever its bytes provoke: zip, pickle, EOF, key errors
         raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}); "
                          f"expected a ckpt.pt written by train.py") from e
-    missing = {"model", "ema", "config", "step"} - set(ckpt if isinstance(ckpt, dict) else ())
+    config = ckpt.get("config") if isinstance(ckpt, dict) else None
+    missing = {"model", "ema", "step", "config"} - set(ckpt if isinstance(ckpt, dict) else ())
+    missing |= {"model", "class_names", "path", "settings", "sampling"} - set(config if isinstance(config, dict) else ())
     if missing:
         raise InputError(f"{path}: not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
     return ckpt
+
+
+def load_model(ckpt, path, weights="ema"):
+    """The model of a checkpoint in evaluation mode, on the CPU. Raises InputError naming the path."""
+    try:
+        model = asft.ASFT(asft.Config(**ckpt["config"]["model"]))
+    except (TypeError, ValueError) as e:
+        raise InputError(f"{path}: the model it describes is not one of model.py ({e})") from e
+    load_weights(model, ckpt["ema" if weights == "ema" else "model"], path)
+    return model.eval()
 
 
 def load_weights(model, state, path):
@@ -316,12 +328,13 @@ def pick_device(name):
     """auto: CUDA if there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: this torch sees no CUDA device; use --device cpu")
+    if name == "cpu" or name == "mps" and torch.backends.mps.is_available():
+        return torch.device(name)
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise InputError(f"--device {name}: expected auto, cpu, cuda, cuda:N, or mps on a Mac that has it")
+    device, count = torch.device(name), torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise InputError(f"--device {name}: this torch sees {count} CUDA devices; use --device cpu")
     return device
 
 
@@ -409,11 +422,10 @@ def main(argv=None):
     ckpt = read_checkpoint(path)
     device = pick_device(args.device)
     config = ckpt["config"]
-    cfg, names, sampling = asft.Config(**config["model"]), config["class_names"], config["sampling"]
+    names, sampling = config["class_names"], config["sampling"]
+    model = load_model(ckpt, path, args.weights).to(device)
+    cfg = model.cfg
     image = cfg.domain == "image"
-    model = asft.ASFT(cfg)
-    load_weights(model, ckpt["ema" if args.weights == "ema" else "model"], path)
-    model.to(device).eval()
 
     size = parse_size(args.res, cfg) if args.res else (cfg.res, cfg.res) if image else args.points or cfg.points
     if args.points and image:

@@ -39,12 +39,13 @@ PAPER = dict(lr=1e-4, warmup=0, schedule="constant", ema=0.999, clip=2.0, drop=0
              beta2=0.999, flip=False, solver="euler", sampling_steps=100, guidance=1.0)       # App. A
 IMAGENET = dict(PAPER, loader="folder", model="XL", batch_size=512, steps=1_700_000, guidance=1.5, flip=True)
 SCENES = dict(PAPER, loader="folder", model="B", res=256, decode=8192, batch_size=256, steps=1_000_000, flip=True)
-SMALL = dict(PAPER, model="tiny", decode=256, batch_size=64, steps=3000, lr=2e-3, warmup=100, schedule="cosine",
-             ema=0.995, sampling_steps=50, guidance=2.0)                                      # two CPU cores
+SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=10_000, lr=2e-3, warmup=100, schedule="cosine",
+             ema=0.999, sampling_steps=50, guidance=2.0)                                      # two CPU cores
+SMALL_POINTS = dict(SMALL, model="point-tiny", points=512, decode=512, solver="sde", sampling_steps=250)
 
 RECIPES = {
     "glyphs": dict(SMALL, loader="glyphs", res=32),
-    "solids": dict(SMALL, loader="solids", model="point-tiny", points=512, decode=512, batch_size=32),
+    "solids": dict(SMALL_POINTS, loader="solids"),
     "folder": dict(SMALL, loader="folder", res=32),
     "npz": dict(SMALL, loader="npz"),
     "imagenet128": dict(IMAGENET, res=128, decode=4096),
@@ -54,6 +55,7 @@ RECIPES = {
     "shapenet": dict(PAPER, loader="shapenet", model="point-B", points=2048, decode=2048, batch_size=16,
                      steps=800_000, solver="sde", sampling_steps=1000),
 }
+ON_CPU = {"shapenet": dict(SMALL_POINTS, loader="shapenet")}       # in place of the paper's, unless --model is given
 
 
 def parser():
@@ -134,7 +136,11 @@ def settings(argv=None):
         ckpt = read_checkpoint(resume)
     stored = ckpt["config"]["settings"] if ckpt else {}
     dataset = given.get("dataset") or stored.get("dataset") or DEFAULTS["dataset"]
-    args = argparse.Namespace(**{**DEFAULTS, **RECIPES[dataset], **stored, **given, "dataset": dataset, "out": str(out)})
+    recipe, device = RECIPES[dataset], pick_device(given.get("device", "auto"))
+    if dataset in ON_CPU and device.type == "cpu" and not stored and "model" not in given:
+        recipe = ON_CPU[dataset]
+        print0(f"no CUDA device: the small recipe for {dataset}; --model {RECIPES[dataset]['model']} gives the paper's")
+    args = argparse.Namespace(**{**DEFAULTS, **recipe, **stored, **given, "dataset": dataset, "out": str(out)})
     if not 0 <= args.ema < 1 or not 0 <= args.drop <= 1 or not args.lr > 0 or not args.clip > 0 or args.warmup < 0:
         raise InputError(f"expected 0 <= --ema < 1, 0 <= --drop <= 1, --lr > 0, --clip > 0, --warmup >= 0, not "
                          f"{args.ema}, {args.drop}, {args.lr}, {args.clip}, {args.warmup}")

@@ -1,6 +1,7 @@
 """Shared by all tests: the repository root on the path, one thread, and run directories of tiny trained models."""
 import os
 import pathlib
+import signal
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -13,13 +14,18 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 TINY = ["--width", "32", "--depth", "2", "--heads", "2", "--latents", "16", "--batch-size", "8", "--decode", "64",
-        "--workers", "0", "--device", "cpu", "--sampling-steps", "3"]
+        "--workers", "0", "--device", "cpu", "--sampling-steps", "3", "--dtype", "float32"]
 
 
 def trained(out, *flags):
-    """Runs train.py's main in this process with the smallest model."""
+    """Runs train.py's main in this process with the smallest model; returns the run directory."""
     import train
-    train.main([*TINY, "--out", str(out), *map(str, flags)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train.main([*TINY, "--out", str(out), *map(str, flags)])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return out
 
 

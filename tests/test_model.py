@@ -203,7 +203,7 @@ def test_morton_codes_interleave_bits_and_keep_neighbours_close():
     points = torch.rand(4096, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     runs = points[asft.morton_code(points).argsort()].view(64, 64, 3)
     spread = lambda z: (z - z.mean(1, keepdim=True)).norm(dim=-1).mean()
-    assert spread(runs) < 0.35 * spread(points.view(64, 64, 3))
+    assert spread(runs) < 0.4 * spread(points.view(64, 64, 3))
 
 
 # --- symmetries
@@ -292,8 +292,11 @@ def test_initial_output_and_gates_are_zero(variant):
     torch.manual_seed(0)
     model = asft.ASFT(tiny(variant).cfg)
     assert not model(**inputs(model)).any()
+    stems = [m[0].bias for m in model.modules() if isinstance(m, asft.Stem)]   # these keep torch's start
     for name, p in model.named_parameters():
-        if "modulation" in name or name.startswith("head.") or name.endswith("bias") and "norm" not in name:
+        if any(p is bias for bias in stems):
+            assert p.any(), name
+        elif "modulation" in name or name.startswith("head.") or name.endswith("bias") and "norm" not in name:
             assert not p.any(), name
         elif name.endswith("weight"):
             assert p.any(), name
@@ -476,16 +479,16 @@ def test_configurations_that_do_not_fit(name, changes, words):
     assert "\n" not in text and all(word in text for word in words), text
 
 
-@pytest.mark.parametrize("variant", ["spatial", "linear", "perceiver", "points", "hash"])
-@pytest.mark.parametrize("name, shape", [
-    ("values", (3, 50, 3)), ("values", (3, 64, 4)), ("values", (256, 3)), ("t", (3, 1)), ("t", ()),
-    ("query_values", (3, 10, 2)), ("query_values", (10, 3)),
-])
+WRONG = [("values", (3, 64, 4)), ("values", (256, 3)), ("t", (3, 1)), ("t", ()), ("query_values", (3, 10, 2)),
+         ("query_values", (10, 3))]
+COUNTED = ("spatial", "linear", "hash")        # encoders that need a certain number of pairs
+
+
+@pytest.mark.parametrize("variant, name, shape", [(v, *w) for v in (*COUNTED, "perceiver", "points") for w in WRONG]
+                         + [(v, "values", (3, 50, 3)) for v in COUNTED])
 def test_wrong_shapes_are_named(variant, name, shape):
     """If a wrong shape were broadcast silently, or the error did not print it."""
     model = tiny(variant)
-    if variant in ("perceiver", "points") and shape == (3, 50, 3):
-        pytest.skip("these encoders read any number of pairs")
     with pytest.raises(ValueError) as caught:
         model(**{**inputs(model), name: torch.zeros(shape)})
     assert str(shape) in str(caught.value)
@@ -493,20 +496,46 @@ def test_wrong_shapes_are_named(variant, name, shape):
 
 # --- overfitting
 
-def overfit(seed, steps=300, B=8, M=512, lr=4e-3, res=32):
-    """One glyph learned by heart: its values, and a sample of the model, both (res, res, 3)."""
+def overfit(seed, steps=400, B=8, M=256, lr=6e-3, res=32, samples=4):
+    """One glyph learned by heart: its values (res, res, 3), and samples of the model, (samples, res, res, 3)."""
     torch.manual_seed(seed)
     pixels, _ = data.Glyphs(res=res).item(7 + seed)
     x0 = data.decode_values(torch.from_numpy(pixels)[None], "cpu")
-    model = asft.ASFT(asft.config("tiny", res=res, width=64, depth=2, heads=4, latents=64))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0, betas=(0.9, 0.99))
+    model, coords = asft.ASFT(asft.config("tiny", res=res, width=64, depth=2, heads=4, latents=16)), asft.image_coords(res)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, betas=(0.9, 0.99))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         query = torch.stack([torch.randperm(res * res)[:M] for _ in range(B)])
-        asft.cicfm_loss(model, asft.image_coords(res), x0.expand(B, -1, -1), torch.randn(B, res * res, 3), torch.rand(B),
-                        query).backward()
+        asft.cicfm_loss(model, coords, x0.expand(B, -1, -1), torch.randn(B, res * res, 3), torch.rand(B), query).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimizer.step()
         optimizer.zero_grad()
-    x, _ = sample.generate(model.eval(), [0], seed=seed, steps=50)
-    return x0.view(res, res, 3), x.view(res, res, 3)
+    x, _ = sample.generate(model.eval(), range(samples), seed=seed, steps=50)
+    return x0.view(res, res, 3), x.view(samples, res, res, 3)
+
+
+def window_peak(residual, p):
+    """Spectral energy at the window frequency and its harmonics over that of their neighbours: mean over the harmonics,
+    and over those on the two axes alone. residual (S, R, R, 3)."""
+    energy = torch.fft.fft2(residual.permute(0, 3, 1, 2)).abs().square().mean((0, 1))          # (R, R)
+    R = energy.shape[0]
+    beat, ratios, axes = R // p, [], []
+    for i in range(0, R, beat):
+        for j in range(0, R, beat):
+            near = [energy[(i + di) % R, (j + dj) % R] for di in (-1, 0, 1) for dj in (-1, 0, 1) if di or dj]
+            if i or j:
+                ratios.append((energy[i, j] / torch.stack(near).median()).item())
+                axes += ratios[-1:] * (not (i and j))
+    return sum(ratios) / len(ratios), sum(axes) / len(axes)
+
+
+def test_one_picture_is_learned_without_window_artefacts(seed=0):
+    """If the network could not represent a picture, or showed its windows as a grid in it (wrong Fourier features)."""
+    x0, x = overfit(seed)
+    psnr = 10 * torch.log10(4 / (x - x0).square().mean((1, 2, 3)))
+    assert psnr.min() > 30, psnr
+    peaks = window_peak(x - x0, 8)
+    assert max(peaks) < 3, peaks
+    # the measure does see a grid: a pattern repeated in every window, at a third of the error's size
+    grid = torch.randn(8, 8, 3).repeat(4, 4, 1) * (x - x0).std() / 3
+    assert window_peak(x - x0 + grid, 8)[0] > 3

@@ -1,6 +1,7 @@
 """sample.py: solvers against closed forms, chunks and seeds, pictures and files, the command line."""
 import json
 import math
+import os
 import pickle
 import struct
 import subprocess
@@ -180,12 +181,13 @@ def run(model, indices=range(2), **options):
 @pytest.mark.parametrize("variant", SIZES)
 def test_chunks_do_not_change_the_result(variant):
     """If decoding in chunks were not the same function, at sizes that were not trained and at those that were."""
-    model = tiny(variant, gain=0.02)       # large gains would amplify rounding from step to step
+    # few steps and small gains: a point's features turn at 512, so that rounding in its place grows from step to step
+    model, steps = tiny(variant, gain=0.02), 2
     for size in (SIZES[variant], None):
-        whole, _ = run(model, size=size, guidance=2.0)
+        whole, _ = run(model, size=size, guidance=2.0, steps=steps)
         for chunk in (1, 2 * 37, 300):
             if chunk > 1 or variant == "points":
-                assert (run(model, size=size, guidance=2.0, chunk=chunk)[0] - whole).abs().max() <= 1e-5
+                assert (run(model, size=size, guidance=2.0, steps=steps, chunk=chunk)[0] - whole).abs().max() <= 1e-5
         count = 256 if variant not in ("points", "hash") else 64
         assert whole.shape == (2, math.prod(size) if isinstance(size, tuple) else size or count, 3)
         assert whole.dtype == torch.float32 and whole.isfinite().all()
@@ -441,7 +443,6 @@ def test_default_place_and_newest_checkpoint(glyphs_run, tmp_path, monkeypatch, 
         (tmp_path / "runs" / name).mkdir(parents=True)
         target = tmp_path / "runs" / name / "ckpt.pt"
         target.write_bytes((glyphs_run / "ckpt.pt").read_bytes())
-        import os
         os.utime(target, (age, age))
     cli("--n", 1, "--steps", 1, capsys=capsys)
     found = list((tmp_path / "runs").glob("*/samples/*/000000.png"))
@@ -455,7 +456,6 @@ class Bomb:
         self.path = path
 
     def __reduce__(self):
-        import os
         return os.mkdir, (self.path,)
 
 
