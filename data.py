@@ -666,7 +666,8 @@ def collate(samples):
 
 def start_worker(_):
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)      # Ctrl-C reaches the whole group; the main process ends us
+    for number in (signal.SIGINT, signal.SIGTERM):    # Ctrl-C and batch systems signal the whole group:
+        signal.signal(number, signal.SIG_IGN)         # the main process saves first, then ends us
 
 
 def positions(step, batch_size, micro, rank, world):

@@ -382,11 +382,16 @@ def make_directory(path, flag):
         raise InputError(f"{flag} {path}: cannot be made a directory ({e.strerror})") from e
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text}")
-    return value
+def at_least(low):
+    """A parser of whole numbers, for argparse."""
+    def number(text):
+        if not text.removeprefix("-").isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, not {text!r}")
+        return int(text)
+    return number
+
+
+positive, natural = at_least(1), at_least(0)
 
 
 def parser():
@@ -397,7 +402,7 @@ def parser():
     g.add_argument("--n", type=positive, default=16, help="number of samples (default: 16)")
     g.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", default=[],
                    help="class names or indices, taken in turn (default: all classes in turn)")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--seed", type=natural, default=0)
     g.add_argument("--res", help="images: side, or HEIGHTxWIDTH (default: the one trained on)")
     g.add_argument("--points", type=positive, help="clouds: number of points (default: the one trained on)")
     g = p.add_argument_group("how (defaults: the recipe's, stored in the checkpoint)")

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 import model as asft
 from data import InputError
-from sample import (autocast, generate, generator, grid_picture, load_weights, make_directory, pick_device,
+from sample import (autocast, generate, generator, grid_picture, load_weights, make_directory, natural, pick_device,
                     pick_dtype, picture, positive, read_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def parser():
     flag(g, "--batch-size", "samples of one optimizer step, over all processes", type=positive)
     flag(g, "--decode", "decoded pairs M of a sample", type=positive)
     flag(g, "--lr", "learning rate", type=float)
-    flag(g, "--warmup", "steps of linear warm-up", type=int)
+    flag(g, "--warmup", "steps of linear warm-up", type=natural)
     flag(g, "--schedule", "learning rate after it", choices=SCHEDULES)
     flag(g, "--beta2", "of AdamW", type=float)
     flag(g, "--clip", "largest gradient norm", type=float)
@@ -91,21 +91,21 @@ def parser():
     flag(g, "--solver", "default of sample.py for this run", choices=("euler", "heun", "dopri5", "sde"))
     flag(g, "--sampling-steps", "default of sample.py for this run", type=positive)
     flag(g, "--guidance", "default of sample.py for this run", type=float)
-    flag(g, "--seed", "of weights, data order, noise (default: 0)", type=int)
+    flag(g, "--seed", "of weights, data order, noise (default: 0)", type=natural)
     g = p.add_argument_group("machine")
     flag(g, "--device", "auto, cpu or cuda (default: auto)")
     flag(g, "--dtype", "auto: bfloat16 autocast where the processor has it", choices=("auto", "float32", "bfloat16"))
     flag(g, "--compile", "torch.compile (default: on CUDA)", action=argparse.BooleanOptionalAction)
     flag(g, "--accumulate", "micro-batches of one process and step (default: 1)", type=positive)
     flag(g, "--grad-checkpoint", "recompute blocks in the backward pass: less memory, more time", action="store_true")
-    flag(g, "--workers", "data processes per training process (default: 1 on the CPU, 4 on CUDA)", type=int)
+    flag(g, "--workers", "data processes per training process (default: 1 on the CPU, 4 on CUDA)", type=natural)
     g = p.add_argument_group("run directory")
     flag(g, "--out", "run directory (default: runs/DATASET)")
     flag(g, "--resume", "auto: continue the run in --out if there is one; or a checkpoint, or a run directory")
     flag(g, "--log-every", "steps (default: 10)", type=positive)
     flag(g, "--save-every", "steps (default: 1000)", type=positive)
     flag(g, "--sample-every", "steps (default: 500)", type=positive)
-    flag(g, "--keep", "earlier checkpoints kept as ckpt-STEP.pt (default: 1)", type=int)
+    flag(g, "--keep", "earlier checkpoints kept as ckpt-STEP.pt (default: 1)", type=natural)
     flag(g, "--max-bad-steps", "stop after so many non-finite steps in a row (default: 20)", type=positive)
     return p
 
@@ -141,9 +141,9 @@ def settings(argv=None):
         recipe = ON_CPU[dataset]
         print0(f"no CUDA device: the small recipe for {dataset}; --model {RECIPES[dataset]['model']} gives the paper's")
     args = argparse.Namespace(**{**DEFAULTS, **recipe, **stored, **given, "dataset": dataset, "out": str(out)})
-    if not 0 <= args.ema < 1 or not 0 <= args.drop <= 1 or not args.lr > 0 or not args.clip > 0 or args.warmup < 0:
-        raise InputError(f"expected 0 <= --ema < 1, 0 <= --drop <= 1, --lr > 0, --clip > 0, --warmup >= 0, not "
-                         f"{args.ema}, {args.drop}, {args.lr}, {args.clip}, {args.warmup}")
+    for name, low, high in (("ema", 0, 1), ("drop", 0, 1), ("beta2", 0, 1), ("lr", 0, 1), ("clip", 0, 1e9), ("guidance", 0, 1e3)):
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name} {getattr(args, name)}: expected a number between {low} and {high:g}")
     return args, given, ckpt
 
 
@@ -384,10 +384,9 @@ def main(argv=None):
     coords = asft.image_coords(cfg.res, device=device) if cfg.domain == "image" else None
     first_place = RANK * micro * args.accumulate
     stop = []                                                          # signals seen
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, frame: stop.append(n))
+    before = {n: signal.signal(n, lambda n, frame: stop.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     total, bad = torch.zeros(2, device=device), torch.zeros(2, device=device)    # loss sum, count; bad in a row, in all
-    saved, logged, started = step, step, time.time()
+    saved, logged, started, told = step, step, time.time(), 0.0
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=None if RANK == 0 else True, smoothing=0.05)
 
     while True:
@@ -405,7 +404,11 @@ def main(argv=None):
                                     skipped=int(skipped)))
                 with open(out / "log.jsonl", "a") as f:
                     f.write(json.dumps(records[-1]) + "\n")
-                bar.set_postfix(loss=f"{loss:.4f}", samples_per_s=f"{rate * args.batch_size:.0f}")
+                bar.set_postfix_str(f"loss {loss:.4f}, {rate * args.batch_size:.1f} samples/s, {memory / 1e9:.2f} GB peak")
+                if not sys.stderr.isatty() and (last or time.time() - told > 10):        # no bar there: a line now and then
+                    told = time.time()
+                    print0(f"step {step}/{args.steps}: {bar.postfix}, {rate:.2f} steps/s, "
+                           f"{(args.steps - step) / rate / 60:.1f} min left")
             if row >= args.max_bad_steps:
                 raise InputError(f"{int(row)} steps in a row up to step {step} had a non-finite loss or gradient "
                                  f"(--max-bad-steps {args.max_bad_steps}); the checkpoint of step {saved} is kept")
@@ -444,6 +447,8 @@ def main(argv=None):
         bar.update()
 
     bar.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if stopping:
         print0(f"stopped by signal {stop[0] if stop else ''} at step {step}, saved; continue with --resume auto")
     else:

@@ -1,0 +1,135 @@
+"""What the quickstart's model has learnt, in numbers: python tests/glyph_report.py [--ckpt runs/glyphs]
+
+1. legible    share of guided samples that a classifier trained on real glyph renders calls by their class
+2. sharper    samples drawn at 4 x the training resolution against enlargements of the same seeds' 32-pixel samples:
+              Frechet distance to true renders on plain pixels, and edge sharpness beside that of true renders
+3. no grid    energy of the 4 x samples' spectrum at the window frequency and its harmonics, against its neighbours
+
+Samples are indices 0..n-1 of the seed, classes in turn; the true renders are of the test split. Prints JSON.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import Glyphs, encode_image, item_index                     # noqa: E402
+from sample import generate, load_model, read_checkpoint              # noqa: E402
+
+
+def renders(res, count, split):
+    glyphs = Glyphs(res, split)
+    return np.stack([glyphs.item(i)[0] for i in range(count)])        # class of item i is i % 36
+
+
+def planes(pictures):
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train_classifier(per_class=700, epochs=3):
+    """A small convolutional network on real renders of the training split, and its accuracy on the test split."""
+    torch.manual_seed(1)
+    widths, layers = (3, 24, 48, 96), []
+    for a, b in zip(widths, widths[1:]):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 16, 36))
+    x, y = planes(renders(32, 36 * per_class, "train")), torch.arange(36 * per_class) % 36
+    optimizer = torch.optim.AdamW(net.parameters())
+    steps = epochs * (len(x) // 128)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    for step in range(steps):
+        pick = [item_index(len(x), 1, step * 128 + j) for j in range(128)]
+        loss = F.cross_entropy(net(x[pick]), y[pick])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    net.eval()
+    with torch.no_grad():
+        right = net(planes(renders(32, 36 * 20, "test"))).argmax(1) == torch.arange(36 * 20) % 36
+    return net, right.float().mean().item()
+
+
+def frechet(a, b):
+    """Frechet distance of Gaussians fitted to plain pixels (n, P) in [-1, 1]; Tr (S1 S2)^.5 is the nuclear norm of the
+    cross Gram matrix, so that no P x P covariance is needed."""
+    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (a, b))
+    mean = a.mean(0) - b.mean(0)
+    a, b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
+    return float(mean @ mean + (a * a).sum() + (b * b).sum() - 2 * np.linalg.norm(a @ b.T, "nuc"))
+
+
+def sharpness(pictures):
+    """Mean over pictures of the steepest 2 % of gradients, in contrasts per pixel."""
+    out = []
+    for p in np.asarray(pictures, np.float64).mean(-1):
+        dy, dx = np.gradient(p)
+        slope = np.sort(np.hypot(dx, dy).ravel())
+        out.append(slope[-len(slope) // 50:].mean() / (np.percentile(p, 98) - np.percentile(p, 2) + 1e-9))
+    return float(np.mean(out))
+
+
+def grid_energy(pictures, period):
+    """Largest ratio of the row and column spectrum at the window frequency and its harmonics to its neighbours' median."""
+    p = np.asarray(pictures, np.float64).mean(-1)
+    worst = 0.0
+    for axis in (1, 2):
+        power = (np.abs(np.fft.rfft(p - p.mean((1, 2), keepdims=True), axis=axis)) ** 2).mean((0, 3 - axis))
+        base = p.shape[1] // period
+        for f in range(base, len(power) - 3, base):
+            around = np.r_[power[f - 3:f - 1], power[f + 2:f + 4]]
+            worst = max(worst, power[f] / np.median(around))
+    return float(worst)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", default="runs/glyphs")
+    p.add_argument("--n", type=int, default=180, help="samples at 32 pixels")
+    p.add_argument("--fine", type=int, default=36, help="samples at 128 pixels (0: none)")
+    p.add_argument("--guidance", type=float, help="default: the recipe's")
+    p.add_argument("--steps", type=int, help="default: the recipe's")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    ckpt = read_checkpoint(args.ckpt)
+    model, sampling = load_model(ckpt, args.ckpt), ckpt["config"]["sampling"]
+    guidance = args.guidance or sampling["guidance"]
+    steps = args.steps or sampling["steps"]
+
+    def samples(count, res):
+        pictures = []
+        for i in range(0, count, 36):
+            indices = range(i, min(i + 36, count))
+            x, _ = generate(model, indices, args.seed, (res, res), torch.tensor([j % 36 for j in indices]),
+                            guidance=guidance, steps=steps)
+            pictures += [encode_image(s, res, res) for s in x]
+        return pictures
+
+    classifier, accuracy = train_classifier()
+    report = dict(step=ckpt["step"], seed=args.seed, n=args.n, guidance=guidance, steps=steps,
+                  classifier_on_real_renders=accuracy)
+    coarse = samples(args.n, 32)
+    with torch.no_grad():
+        right = classifier(planes(coarse)).argmax(1) == torch.arange(args.n) % 36
+    report["legible"] = right.float().mean().item()
+    report["misread"] = "".join(sorted({ckpt["config"]["class_names"][i % 36] for i in np.flatnonzero(~right.numpy())}))
+    if args.fine:
+        true = renders(128, 36 * 20, "test")
+        enlarge = lambda how: [np.asarray(Image.fromarray(p).resize((128, 128), how)) for p in coarse[:args.fine]]
+        arms = {"drawn at 128": samples(args.fine, 128), "bilinear": enlarge(Image.BILINEAR),
+                "bicubic": enlarge(Image.BICUBIC), "true renders (floor)": list(renders(128, 36 * 40, "train")[-args.fine:])}
+        unit = lambda pictures: np.stack(pictures) / 127.5 - 1
+        report["frechet_pixels_128"] = {k: frechet(unit(v), unit(true)) for k, v in arms.items()}
+        report["sharpness_128"] = {k: sharpness(v) for k, v in arms.items()}
+        report["grid_energy_128"] = {k: grid_energy(v, 128 // 8) for k, v in arms.items()}
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
