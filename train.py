@@ -391,7 +391,7 @@ def main(argv=None):
 
     while True:
         last = step >= args.steps
-        if (step - logged >= args.log_every or last) and step > logged:
+        if (step % args.log_every == 0 or last) and step > logged:
             if WORLD > 1:
                 dist.all_reduce(total)
             (loss, count), (row, skipped) = total.tolist(), bad.tolist()
