@@ -61,10 +61,10 @@ class Glyphs:
     """
     needs = "no --data"
     domain = "image"
-    HEIGHT = 0.55, 0.80       # of the inked box, in picture heights
-    ANGLE = -12.0, 12.0       # degrees
+    HEIGHT = 0.66, 0.84       # of the inked box, in picture heights
+    ANGLE = -10.0, 10.0       # degrees
     MARGIN = 0.04             # kept free on every side, in picture widths
-    STROKE = 0.04             # added around the outline, in em: regular becomes bold
+    STROKE = 0.05             # added around the outline, in em: regular becomes bold
     PAPER = 0.80, 1.00        # each channel of the background
     SATURATION = 0.75, 1.00
     VALUE = 0.30, 0.65

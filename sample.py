@@ -314,6 +314,21 @@ def picture(x, size, image):
     return encode_image(x, *size) if image else draw_points(x.numpy())
 
 
+def clear_samples(out):
+    """Remove the samples that an earlier run recorded in out/samples.json, so that no two settings are mixed."""
+    try:
+        old = [Path(r["file"]) for r in json.loads((out / "samples.json").read_text())["samples"]]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{out / 'samples.json'}: not written by sample.py ({type(e).__name__}); give another --out") from e
+    print(f"replacing {len(old)} samples in {out}")
+    for file in old:
+        for suffix in (".png", ".npy", ".ply"):
+            (out / f"{file.stem}{suffix}").unlink(missing_ok=True)
+    (out / "samples.json").unlink()
+
+
 def write_ply(path, points):
     """Binary little-endian PLY of (P, 3) float32 vertices."""
     header = ("ply\nformat binary_little_endian 1.0\n" f"element vertex {len(points)}\n"
@@ -453,6 +468,7 @@ def main(argv=None):
     out = Path(args.out) if args.out else run / "samples" / \
         f"{tag}-{setting['solver']}{setting['steps']}-g{setting['guidance']:g}-seed{args.seed}-step{ckpt['step']}"
     make_directory(out, "--out")
+    clear_samples(out)
     queries = math.prod(size) if image else size
     batch = args.batch or max(1, min(64, 2 ** 20 // queries))
 
