@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 import model as asft
 from data import InputError
-from sample import (autocast, generate, generator, grid_picture, load_weights, make_directory, natural, pick_device,
+from sample import (SOLVERS, autocast, generate, generator, grid_picture, load_weights, make_directory, natural, pick_device,
                     pick_dtype, picture, positive, read_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=10_000, lr=2e
 SMALL_POINTS = dict(SMALL, model="point-tiny", times="uniform", points=512, decode=512, solver="sde", sampling_steps=250)
 
 RECIPES = {
-    "glyphs": dict(SMALL, loader="glyphs", res=32),
+    "glyphs": dict(SMALL, loader="glyphs", res=32, lr=3e-3),
     "solids": dict(SMALL_POINTS, loader="solids"),
     "folder": dict(SMALL, loader="folder", res=32, steps=25_000, guidance=2.0),
     "npz": dict(SMALL, loader="npz", steps=25_000, guidance=2.0),
@@ -88,7 +88,7 @@ def parser():
     flag(g, "--drop", "probability of dropping the condition", type=float)
     flag(g, "--path", "between data and noise", choices=asft.PATHS)
     flag(g, "--times", "distribution of t", choices=asft.TIMES)
-    flag(g, "--solver", "default of sample.py for this run", choices=("euler", "heun", "dopri5", "sde"))
+    flag(g, "--solver", "default of sample.py for this run", choices=SOLVERS)
     flag(g, "--sampling-steps", "default of sample.py for this run", type=positive)
     flag(g, "--guidance", "default of sample.py for this run", type=float)
     flag(g, "--seed", "of weights, data order, noise (default: 0)", type=natural)
