@@ -15,6 +15,7 @@ Units: pixels leave `decode_values` in [-1,1]; points are in the units of their 
 the origin with its longest side on [-1,1], y up. Item (i, rng) is a pure function of its arguments, and batch s of a
 run a pure function of (dataset, seed, s), so neither resuming nor another number of processes changes what is read.
 """
+import atexit
 import colorsys
 import functools
 import inspect
@@ -344,7 +345,7 @@ class Folder:
     read it). Names with a leading dot are skipped. Raises InputError for a path without pictures and, from `item`, for
     a picture that cannot be read.
     """
-    needs = "a directory of pictures, flat or one sub-directory per class"
+    needs = "a directory of pictures, flat or one sub-directory per class (ImageNet: train/nXXXXXXXX/*.JPEG)"
     domain = "image"
 
     def __init__(self, path, res, flip=False):
@@ -703,7 +704,10 @@ def loader(dataset, seed, step, batch_size, micro, rank=0, world=1, workers=0, p
 
 
 def unwrap(source):
-    for batch in source:
+    batches = iter(source)
+    if source.num_workers:      # they ignore SIGTERM, by which Python would end them where an exception leaves them alive
+        atexit.register(batches._shutdown_workers)
+    for batch in batches:
         if isinstance(batch, InputError):
             raise batch
         values, labels = batch

@@ -203,8 +203,8 @@ def modulate(x, shift, scale):
 class Block(nn.Module):
     """AdaLN-Zero transformer block (DiT): attention, MLP, and attention to condition tokens where there are any.
 
-    It is a self-attention block, or with `reads` a cross-attention block whose keys and values come from a
-    memory: the context (encoder), or a level of latents (decoder)."""
+    It is a self-attention block, or with `reads` a cross-attention block whose keys and values come from a layer-normed
+    memory: the context (encoder), or a level of latents (decoder). With tokens the modulation has 9 parts, not 6."""
 
     def __init__(self, width, heads, reads=False, tokens=False):
         super().__init__()
@@ -412,7 +412,7 @@ class ASFT(nn.Module):
             if cfg.domain == "image":
                 context = context + fourier(coords, self.freqs)
             return self.latents.expand(b, -1, -1), context
-        if cfg.encoder == "hash":
+        if cfg.encoder == "hash":        # latent l has the l-th run in Z-order, and the run's mean as pseudo-coordinate
             order = morton_code(values).argsort(dim=1, stable=True)
             values = values.gather(1, order[..., None].expand_as(values))
             values = values.view(b, cfg.latents, -1, 3).transpose(0, 1)                  # (L, b, n, 3)
@@ -420,7 +420,7 @@ class ASFT(nn.Module):
         side = math.isqrt(cfg.latents)
         centres = fourier(image_coords(side, device=values.device), self.freqs)          # (L, D)
         values = self.windows(coords, values)                                            # (L, b, n, 3)
-        if cfg.encoder == "linear":
+        if cfg.encoder == "linear":      # App. B: one Linear over the window's values; the MLP after it stays
             latents = self.patch_out(self.latents + self.patch(values.transpose(0, 1).flatten(2)))
         else:
             inside = fourier(image_coords(cfg.res // side, device=values.device), self.freqs)    # (n, D)

@@ -47,6 +47,12 @@ def read_checkpoint(path):
     missing |= {"model", "class_names", "path", "settings", "sampling"} - set(config if isinstance(config, dict) else ())
     if missing:
         raise InputError(f"{path}: not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    kinds = [(ckpt, dict(model=dict, ema=dict, step=int)), (config, dict(model=dict, class_names=list, path=str, settings=dict)),
+             (config["sampling"], dict(solver=str, steps=int, guidance=float))]
+    wrong = [key for where, expected in kinds for key, kind in expected.items()
+             if not isinstance(where.get(key) if isinstance(where, dict) else None, kind)]
+    if wrong:
+        raise InputError(f"{path}: not a checkpoint of train.py: wrong entries for {', '.join(wrong)}")
     return ckpt
 
 
@@ -63,6 +69,8 @@ def load_model(ckpt, path, weights="ema"):
 def load_weights(model, state, path):
     """load_state_dict that ends in one line: what is missing, unexpected, or of another shape."""
     own = model.state_dict()
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path}: its weights are not all tensors")
     wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
     wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
               for k in own if k in state and state[k].shape != own[k].shape]
@@ -322,7 +330,7 @@ def clear_samples(out):
         old = [Path(r["file"]) for r in json.loads((out / "samples.json").read_text())["samples"]]
     except FileNotFoundError:
         return
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, OSError) as e:
         raise InputError(f"{out / 'samples.json'}: not written by sample.py ({type(e).__name__}); give another --out") from e
     print(f"replacing {len(old)} samples in {out}")
     for file in old:
@@ -392,6 +400,13 @@ def parse_classes(names, known):
     return labels
 
 
+def one_line(error):
+    """The message of an error as one line; an OSError by its file and reason (disk full, not a directory, ...)."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'writing'}: {error.strerror or error}"
+    return " ".join(str(error).split())
+
+
 def make_directory(path, flag):
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -440,7 +455,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    path = Path(args.ckpt) if args.ckpt else newest_checkpoint()
+    path = newest_checkpoint() if args.ckpt is None else Path(args.ckpt)
     ckpt = read_checkpoint(path)
     device = pick_device(args.device)
     config = ckpt["config"]
@@ -462,6 +477,10 @@ def main(argv=None):
         setting["guidance"] = 1.0
         if args.guidance not in (None, 1.0):
             raise InputError(f"--guidance {args.guidance}: this checkpoint is unconditional, there is nothing to guide by")
+    if not 0 <= setting["guidance"] <= 1e3:
+        raise InputError(f"--guidance {setting['guidance']}: expected a number between 0 and 1000")
+    if setting["solver"] == "dopri5" and setting["steps"] < 7:
+        raise InputError(f"--steps {setting['steps']}: dopri5 needs a cap of at least 7 evaluations")
     classes = parse_classes(args.classes, names) or list(range(len(names)))
     labels = [classes[i % len(classes)] for i in range(args.n)] if names else None
 
@@ -473,6 +492,7 @@ def main(argv=None):
     clear_samples(out)
     queries = math.prod(size) if image else size
     batch = args.batch or max(1, min(64, 2 ** 20 // queries))
+    setting.update(n=args.n, batch=batch, chunk=args.chunk, device=str(device))
 
     print(f"{path}: step {ckpt['step']}, {args.weights} weights, {cfg.domain} model trained at "
           f"{f'{cfg.res}x{cfg.res}' if image else f'{cfg.points} points'}, sampling {args.n} at {tag} on {device}")
@@ -515,6 +535,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
-        print(f"sample.py: {e}", file=sys.stderr)
+    except (InputError, OSError) as e:
+        print(f"sample.py: {one_line(e)}", file=sys.stderr)
         sys.exit(2)

@@ -29,8 +29,8 @@ from tqdm import tqdm
 import data
 import model as asft
 from data import InputError
-from sample import (SOLVERS, autocast, generate, generator, grid_picture, load_weights, make_directory, natural, pick_device,
-                    pick_dtype, picture, positive, read_checkpoint)
+from sample import (SOLVERS, autocast, generate, generator, grid_picture, load_weights, make_directory, natural, one_line,
+                    pick_device, pick_dtype, picture, positive, read_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: every value is a default that a flag of the same name overrides
@@ -39,15 +39,15 @@ PAPER = dict(lr=1e-4, warmup=0, schedule="constant", ema=0.999, clip=2.0, drop=0
              beta2=0.999, flip=False, solver="euler", sampling_steps=100, guidance=1.0)       # App. A
 IMAGENET = dict(PAPER, loader="folder", model="XL", batch_size=512, steps=1_700_000, guidance=1.5, flip=True)
 SCENES = dict(PAPER, loader="folder", model="B", res=256, decode=8192, batch_size=256, steps=1_000_000, flip=True)
-SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=10_000, lr=2e-3, warmup=100, schedule="cosine",
+SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=8500, lr=2e-3, warmup=100, schedule="cosine",
              times="logit-normal", ema=0.999, sampling_steps=50, guidance=3.0)                # two CPU cores
-SMALL_POINTS = dict(SMALL, model="point-tiny", times="uniform", points=512, decode=512, solver="sde", sampling_steps=250)
+SMALL_POINTS = dict(SMALL, model="point-tiny", times="uniform", steps=6000, points=512, decode=512, solver="sde", sampling_steps=250)
 
 RECIPES = {
     "glyphs": dict(SMALL, loader="glyphs", res=32, lr=3e-3),
     "solids": dict(SMALL_POINTS, loader="solids"),
-    "folder": dict(SMALL, loader="folder", res=32, steps=25_000, guidance=2.0),
-    "npz": dict(SMALL, loader="npz", steps=25_000, guidance=2.0),
+    "folder": dict(SMALL, loader="folder", res=32, steps=20_000, guidance=2.0),
+    "npz": dict(SMALL, loader="npz", steps=20_000, guidance=2.0),
     "imagenet128": dict(IMAGENET, res=128, decode=4096),
     "imagenet256": dict(IMAGENET, res=256, decode=8192),
     "ffhq256": dict(SCENES),
@@ -55,6 +55,7 @@ RECIPES = {
     "shapenet": dict(PAPER, loader="shapenet", model="point-B", points=2048, decode=2048, batch_size=16,
                      steps=800_000, solver="sde", sampling_steps=1000),
 }
+FILES = ("folder", "shapenet")                                     # loaders that read a file for every item
 ON_CPU = {"shapenet": dict(SMALL_POINTS, loader="shapenet")}       # in place of the paper's, unless --model is given
 
 
@@ -98,7 +99,7 @@ def parser():
     flag(g, "--compile", "torch.compile (default: on CUDA)", action=argparse.BooleanOptionalAction)
     flag(g, "--accumulate", "micro-batches of one process and step (default: 1)", type=positive)
     flag(g, "--grad-checkpoint", "recompute blocks in the backward pass: less memory, more time", action="store_true")
-    flag(g, "--workers", "data processes per training process (default: 1 on the CPU, 4 on CUDA)", type=natural)
+    flag(g, "--workers", "data processes per training process (default: 4 on CUDA; on the CPU 1 for files, else 0)", type=natural)
     g = p.add_argument_group("run directory")
     flag(g, "--out", "run directory (default: runs/DATASET)")
     flag(g, "--resume", "auto: continue the run in --out if there is one; or a checkpoint, or a run directory")
@@ -128,22 +129,30 @@ def settings(argv=None):
         resume = out if (out / "ckpt.pt").exists() else None
         if resume is None:
             print0(f"--resume auto: no checkpoint in {out}, starting at step 0")
-    elif resume is None and (out / "ckpt.pt").exists():
-        raise InputError(f"{out} holds a run already: continue it with --resume auto, or give another --out")
     elif resume is not None and "out" not in given:
         out = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    source = None if resume is None else Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    if (out / "ckpt.pt").exists() and (source is None or source.resolve() != out.resolve()):
+        raise InputError(f"{out} holds a run already: continue it with --resume auto, or give another --out")
     if resume is not None:
         ckpt = read_checkpoint(resume)
+        if "optimizer" not in ckpt:
+            raise InputError(f"--resume {resume}: the checkpoint has no optimizer state, it cannot be trained on")
     stored = ckpt["config"]["settings"] if ckpt else {}
+    for name in ("dataset", "model", "batch_size", "seed"):            # on these the data order and the weights rest
+        if name in stored and given.get(name, stored[name]) != stored[name]:
+            raise InputError(f"--{name.replace('_', '-')} {given[name]}: the run to resume has {stored[name]}; "
+                             f"drop the flag, or start a new run")
     dataset = given.get("dataset") or stored.get("dataset") or DEFAULTS["dataset"]
     recipe, device = RECIPES[dataset], pick_device(given.get("device", "auto"))
     if dataset in ON_CPU and device.type == "cpu" and not stored and "model" not in given:
         recipe = ON_CPU[dataset]
         print0(f"no CUDA device: the small recipe for {dataset}; --model {RECIPES[dataset]['model']} gives the paper's")
     args = argparse.Namespace(**{**DEFAULTS, **recipe, **stored, **given, "dataset": dataset, "out": str(out)})
-    for name, low, high in (("ema", 0, 1), ("drop", 0, 1), ("beta2", 0, 1), ("lr", 0, 1), ("clip", 0, 1e9), ("guidance", 0, 1e3)):
+    for name, low, high in (("ema", 0, 1), ("drop", 0, 1), ("beta2", 0, 0.999999), ("lr", 0, 1), ("clip", 1e-6, 1e9),
+                            ("guidance", 0, 1e3), ("seed", 0, 2 ** 62)):
         if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name} {getattr(args, name)}: expected a number between {low} and {high:g}")
+            raise InputError(f"--{name} {getattr(args, name)}: expected a number between {low:g} and {high:g}")
     return args, given, ckpt
 
 
@@ -167,7 +176,10 @@ def start_processes(args):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                     # TF32 for what autocast leaves in float32
-    if "RANK" in os.environ:
+    if "RANK" in os.environ or WORLD > 1:
+        missing = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+        if missing:
+            raise InputError(f"several processes need {', '.join(sorted(missing))} in the environment: start with torchrun")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -241,12 +253,28 @@ def write_atomic(path, write):
     os.replace(temporary, path)
 
 
-def save_checkpoint(out, step, model, ema, optimizer, config, keep):
-    """ckpt.pt, and the `keep` checkpoints before it as ckpt-STEP.pt (hard links: no second copy is written)."""
+def read_log(path, step):
+    """The records of log.jsonl up to a step; lines that a crash left broken are dropped, and that is said."""
+    records, broken = [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+            if record["step"] <= step:
+                records.append(record)
+        except (ValueError, TypeError, KeyError):
+            broken += 1
+    if broken:
+        print0(f"{path}: {broken} unreadable lines dropped")
+    return records
+
+
+def save_checkpoint(out, step, previous, model, ema, optimizer, config, keep):
+    """ckpt.pt, and the `keep` checkpoints before it as ckpt-STEP.pt (hard links: no second copy is written);
+    `previous` is the step of the ckpt.pt that is there."""
     state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
                  data_position=step * config["settings"]["batch_size"], rng=torch.get_rng_state(), config=config)
     if keep > 0 and (out / "ckpt.pt").exists():
-        earlier = out / f"ckpt-{read_checkpoint(out)['step']:07d}.pt"
+        earlier = out / f"ckpt-{previous:07d}.pt"
         if not earlier.exists():
             try:
                 os.link(out / "ckpt.pt", earlier)
@@ -337,7 +365,8 @@ def main(argv=None):
     device = start_processes(args)
     dtype = pick_dtype(args.dtype, device, "bfloat16" if bfloat16_cpu() else "float32")
     compiled = args.compile if args.compile is not None else device.type == "cuda"
-    workers = args.workers if args.workers is not None else 4 if device.type == "cuda" else 1
+    # on a CPU a data process pays only where files are decoded: it takes time from the cores that train
+    workers = args.workers if args.workers is not None else 4 if device.type == "cuda" else int(args.loader in FILES)
     micro = args.batch_size // (WORLD * args.accumulate)
     out = Path(args.out)
 
@@ -368,10 +397,9 @@ def main(argv=None):
     records = []
     if RANK == 0:
         make_directory(out, "--out")
-        (out / "config.json").write_text(json.dumps(config, indent=1))
-        if ckpt and (out / "log.jsonl").exists():                      # forget what was logged after the checkpoint
-            records = [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["step"] <= step]
-        (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        records = read_log(out / "log.jsonl", step) if ckpt else []    # forget what was logged after the checkpoint
+        write_atomic(out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+        write_atomic(out / "log.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in records).encode()))
     print0(f"{args.dataset}: {len(dataset)} items, {len(dataset.class_names) or 'no'} classes; model {args.model}, "
            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {device}, "
            f"{'float32' if dtype is None else 'bfloat16 autocast'}{', compiled' if compiled else ''}")
@@ -391,7 +419,8 @@ def main(argv=None):
 
     while True:
         last = step >= args.steps
-        if (step % args.log_every == 0 or last) and step > logged:
+        interrupted = bool(stop) and WORLD == 1
+        if (step % args.log_every == 0 or step % args.save_every == 0 or last or interrupted) and step > logged:
             if WORLD > 1:
                 dist.all_reduce(total)
             (loss, count), (row, skipped) = total.tolist(), bad.tolist()
@@ -415,10 +444,10 @@ def main(argv=None):
             total.zero_()
             logged, started = step, time.time()
         # processes may see a signal at different steps: they agree on it where they meet anyway
-        stopping = bool(stop) if WORLD == 1 else step == logged and any_rank(bool(stop), device)
+        stopping = interrupted or WORLD > 1 and step == logged and any_rank(bool(stop), device)
         if RANK == 0:
             if step > saved and (step % args.save_every == 0 or last or stopping):
-                save_checkpoint(out, step, model, ema, optimizer, config, args.keep)
+                save_checkpoint(out, step, saved, model, ema, optimizer, config, args.keep)
                 draw_curve(out / "loss.png", records)
                 saved = step
             if step > 0 and (step % args.sample_every == 0 or last) and not stopping:
@@ -475,7 +504,7 @@ def peak_resident():
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, OSError) as e:
         if RANK == 0 or dist.is_initialized():                         # what concerns every process is said once
-            print(f"train.py: {e}", file=sys.stderr)
+            print(f"train.py: {one_line(e)}", file=sys.stderr)
         sys.exit(2)
