@@ -559,3 +559,16 @@ def test_exit_status_and_one_line_on_stderr(glyphs_run, tmp_path):
     done = subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt", glyphs_run, "--n", "1", "--steps", "1", "--out",
                            tmp_path / "out"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "NFE 1" in done.stdout and (tmp_path / "out" / "000000.png").exists()
+
+
+def test_a_directory_holds_one_setting(tmp_path, glyphs_run):
+    """If a second run left files of the first beside its own, or a refused one removed them."""
+    run = lambda *flags: sample.main(["--ckpt", str(glyphs_run), "--steps", "2", "--out", str(tmp_path / "o"), *flags])
+    names = lambda: sorted(p.name for p in (tmp_path / "o").glob("0*.png"))
+    run("--n", "3")
+    for wrong in (["--guidance", "nan"], ["--guidance=-1"], ["--solver", "dopri5"]):
+        with pytest.raises(data.InputError):
+            run("--n", "1", *wrong)
+        assert names() == ["000000.png", "000001.png", "000002.png"]
+    run("--n", "2")
+    assert names() == ["000000.png", "000001.png"]

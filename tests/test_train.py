@@ -100,6 +100,37 @@ def test_resume_refuses_what_is_not_there_or_does_not_fit(tmp_path, glyphs_run):
     assert "--resume auto" in refused(*TINY, "--out", glyphs_run)
 
 
+def test_resume_keeps_to_its_run(tmp_path, glyphs_run):
+    """If resuming took over another run's directory, or went on with another data order, batch or data set."""
+    other = trained(tmp_path / "other", "--steps", 1)
+    before = (other / "ckpt.pt").read_bytes()
+    assert "--resume auto" in refused("--resume", glyphs_run, "--out", other)
+    assert (other / "ckpt.pt").read_bytes() == before
+    for flag, value in (("--batch-size", 16), ("--seed", 5), ("--dataset", "solids"), ("--model", "S")):
+        text = refused("--resume", glyphs_run, flag, value)
+        assert flag in text and "drop the flag" in text
+
+
+def test_resume_survives_a_broken_log(tmp_path, capsys):
+    """If a line cut by a power failure made a good checkpoint useless."""
+    out = trained(tmp_path / "run", "--steps", 2, "--log-every", 1)
+    with open(out / "log.jsonl", "ab") as f:
+        f.write(b'{}\n3\n\xff\xfe\n{"step": 2, "lo')
+    train.main(["--resume", str(out), "--steps", "3"])
+    assert "4 unreadable lines dropped" in capsys.readouterr().out
+    assert [r["step"] for r in log(out)] == [1, 2, 3]
+
+
+def test_a_bad_item_in_a_worker_ends_the_run(tmp_path):
+    """If data processes, which outlive signals so that the main process can save, kept a failed run alive."""
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "pictures" / "good.png")
+    (tmp_path / "pictures" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
+    _, err = finished(start([ROOT / "train.py", *TINY, "--workers", 2, "--dataset", "folder", "--data",
+                             tmp_path / "pictures", "--out", tmp_path / "run", "--steps", 50]), status=2)
+    assert "bad.png" in err and "Traceback" not in err
+
+
 def start(words, **env):
     return subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", **env})
@@ -495,15 +526,12 @@ def wrong_flags(tmp):
         "lr": (["--lr", 0], ["--lr"]),
         "device": (["--device", "abacus"], ["--device", "abacus"]),
         "flip of letters": (["--flip"], ["--flip", "glyphs"]),
-        "workers": (["--workers", -1], ["workers", "-1"]),
-        "seed": (["--seed", -1], ["seed", "-1"]),
     }
 
 
 @pytest.mark.parametrize("name", ["no data", "no npz", "no tree", "imagenet", "empty folder", "missing folder", "broken npz",
                                   "batch", "decode", "domain", "other domain", "grid", "heads", "encoder", "levels", "rope",
-                                  "ema", "drop", "lr", "device", "flip of letters",
-                                  "workers", "seed"])
+                                  "ema", "drop", "lr", "device", "flip of letters"])
 def test_wrong_flags_end_in_one_line(tmp_path, name):
     """If a wrong flag ended in a traceback, in a late failure or in a message that does not name it."""
     flags, words = wrong_flags(tmp_path)[name]
@@ -513,7 +541,8 @@ def test_wrong_flags_end_in_one_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("words", [["--model", "M"], ["--dataset", "mnist"], ["--encoder", "x"], ["--path", "x"],
-                                   ["--steps", "0"], ["--batch-size", "many"], ["--what"]])
+                                   ["--steps", "0"], ["--batch-size", "many"], ["--what"],
+                                   ["--workers", "-1"], ["--seed", "-1"], ["--keep", "-1"]])
 def test_flags_that_argparse_refuses(words, capsys):
     """If a wrong choice or number were accepted."""
     with pytest.raises(SystemExit) as caught:
