@@ -105,7 +105,7 @@ def parser():
     flag(g, "--resume", "auto: continue the run in --out if there is one; or a checkpoint, or a run directory")
     flag(g, "--log-every", "steps (default: 10)", type=positive)
     flag(g, "--save-every", "steps (default: 1000)", type=positive)
-    flag(g, "--sample-every", "steps (default: 500)", type=positive)
+    flag(g, "--sample-every", "steps (default: 1000)", type=positive)
     flag(g, "--keep", "earlier checkpoints kept as ckpt-STEP.pt (default: 1)", type=natural)
     flag(g, "--max-bad-steps", "stop after so many non-finite steps in a row (default: 20)", type=positive)
     return p
@@ -114,7 +114,7 @@ def parser():
 DEFAULTS = dict(dataset="glyphs", data=None, category="all", res=None, points=None, encoder=None, width=None, depth=None,
                 heads=None, latents=None, levels=None, rope=None, seed=0, device="auto", dtype="auto", compile=None,
                 accumulate=1, grad_checkpoint=False, workers=None, out=None, resume=None, log_every=10, save_every=1000,
-                sample_every=500, keep=1, max_bad_steps=20)
+                sample_every=1000, keep=1, max_bad_steps=20)
 
 SCHEDULES = {"constant": lambda progress: 1.0, "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress)}
 
@@ -315,14 +315,14 @@ def draw_curve(path, records, width=720, height=360):
 
 
 def sample_picture(path, model, ema, args, n_classes, device, dtype, n=16):
-    """The same n seeds with EMA weights (upper half) and raw weights (lower half), in at most 50 Euler steps."""
+    """The same n seeds with EMA weights (upper half) and raw weights (lower half), in at most 25 Euler steps."""
     cfg, pictures = model.cfg, []
     label = torch.arange(n, device=device) % n_classes if n_classes else None
     for net in (ema, model):
         net.eval()
         with autocast(device, dtype):
             x, _ = generate(net, range(n), args.seed, label=label, guidance=args.guidance if n_classes else 1.0,
-                            steps=min(50, args.sampling_steps), path=args.path)
+                            steps=min(25, args.sampling_steps), path=args.path)
         pictures += [picture(p, (cfg.res, cfg.res), cfg.domain == "image") for p in x]
     model.train()
     grid_picture(pictures, columns=8).save(path)
