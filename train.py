@@ -40,14 +40,14 @@ PAPER = dict(lr=1e-4, warmup=0, schedule="constant", ema=0.999, clip=2.0, drop=0
 IMAGENET = dict(PAPER, loader="folder", model="XL", batch_size=512, steps=1_700_000, guidance=1.5, flip=True)
 SCENES = dict(PAPER, loader="folder", model="B", res=256, decode=8192, batch_size=256, steps=1_000_000, flip=True)
 SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=8500, lr=2e-3, warmup=100, schedule="cosine",
-             times="logit-normal", ema=0.999, sampling_steps=50, guidance=3.0)                # two CPU cores
+             times="logit-normal", ema=0.999, sampling_steps=50, guidance=2.0)                # two CPU cores
 SMALL_POINTS = dict(SMALL, model="point-tiny", times="uniform", steps=6000, points=512, decode=512, solver="sde", sampling_steps=250)
 
 RECIPES = {
     "glyphs": dict(SMALL, loader="glyphs", res=32, lr=3e-3),
     "solids": dict(SMALL_POINTS, loader="solids"),
-    "folder": dict(SMALL, loader="folder", res=32, steps=20_000, guidance=2.0),
-    "npz": dict(SMALL, loader="npz", steps=20_000, guidance=2.0),
+    "folder": dict(SMALL, loader="folder", res=32, steps=20_000),
+    "npz": dict(SMALL, loader="npz", steps=20_000),
     "imagenet128": dict(IMAGENET, res=128, decode=4096),
     "imagenet256": dict(IMAGENET, res=256, decode=8192),
     "ffhq256": dict(SCENES),
