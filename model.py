@@ -522,7 +522,6 @@ def cicfm_loss(model, coords, x0, eps, t, query, path="linear", label=None, toke
 # ---------------------------------------------------------------------------------------------------------
 # python model.py: the presets in numbers
 
-IMAGENET_CLASSES = 1000
 PAPER_MILLIONS = {"S": 35, "B": 138, "L": 458, "XL": 733, "point-B": 108, "point-L": 204}       # Tabs. 5 and 6
 DECODED = {"tiny": 256, "point-tiny": 512, "point-B": 2048, "point-L": 2048, "point-objaverse": 16384}
 
@@ -541,10 +540,11 @@ def forward_flops(cfg, decoded):
 
 
 def main():
+    imagenet = 1000                      # the paper's image counts are those of class-conditional models
     print(f"{'preset':16}{'context':>9}{'decoded':>9}{'parameters':>12}{'paper':>8}{'forward GFLOP':>15}")
     for name in PRESETS:
         image = PRESETS[name].get("domain", "image") == "image"
-        cfg = config(name, n_classes=36 if name == "tiny" else IMAGENET_CLASSES if image else 0)
+        cfg = config(name, n_classes=36 if name == "tiny" else imagenet if image else 0)
         decoded = DECODED.get(name, 8192)
         flops, count = forward_flops(cfg, decoded)
         context = f"{cfg.res}x{cfg.res}" if image else cfg.points

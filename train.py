@@ -149,7 +149,7 @@ def settings(argv=None):
         recipe = ON_CPU[dataset]
         print0(f"no CUDA device: the small recipe for {dataset}; --model {RECIPES[dataset]['model']} gives the paper's")
     args = argparse.Namespace(**{**DEFAULTS, **recipe, **stored, **given, "dataset": dataset, "out": str(out)})
-    for name, low, high in (("ema", 0, 1), ("drop", 0, 1), ("beta2", 0, 0.999999), ("lr", 1e-12, 1), ("clip", 1e-6, 1e9),
+    for name, low, high in (("ema", 0, 0.9999999), ("drop", 0, 1), ("beta2", 0, 0.999999), ("lr", 1e-12, 1), ("clip", 1e-6, 1e9),
                             ("guidance", 0, 1e3), ("seed", 0, 2 ** 62)):
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name} {getattr(args, name)}: expected a number between {low:g} and {high:g}")
