@@ -15,6 +15,7 @@ import math
 import re
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def read_checkpoint(path):
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; expected a ckpt.pt written by train.py, or its run directory")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # a foreign pickle also draws a warning; the one line below says it all
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:     # a broken file raises whatever its bytes provoke: zip, pickle, EOF, key errors
         raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}); "
                          f"expected a ckpt.pt written by train.py") from e
