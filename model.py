@@ -444,7 +444,8 @@ class ASFT(nn.Module):
             if block.memory_norm is not None:
                 memory = tuple(repeat_to(z, len(c)) for z in block.keys_values(context))
             x = self.run(block, x, c, memory, tokens, rope)
-            levels += [x] * self.level_ends.count(depth)
+            if depth in self.level_ends:
+                levels.append(x)
         return levels
 
     def keys_values(self, levels):

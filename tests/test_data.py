@@ -508,7 +508,9 @@ if __name__ == "__main__":
                                env={**os.environ, "PYTHONPATH": os.path.dirname(data.__file__)})
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=30) == ("stopped\n", "")
+    out, err = process.communicate(timeout=30)
+    # torch may still warn about few cores, or lose a tensor on its way when the receiver stops: neither is the signal
+    assert out == "stopped\n" and "KeyboardInterrupt" not in err, err
 
 
 def test_loader_refusals():
