@@ -339,6 +339,8 @@ def build(args, given):
     for flag, name in (("data", "path"), ("res", "res"), ("points", "points"), ("category", "category"), ("flip", "flip")):
         if name not in takes and flag in given:
             raise InputError(f"--{flag}: does not apply to --dataset {args.dataset}")
+    if "path" in takes and args.data is None:
+        raise InputError(f"--dataset {args.dataset}: --data is missing: it needs {data.DATASETS[args.loader].needs}")
     dataset = data.load(args.loader, args.data, res=args.res, points=args.points, category=args.category, flip=args.flip)
     if (dataset.domain == "image") != image:
         raise InputError(f"--model {args.model} is for {'images' if image else 'points'}, "
