@@ -10,7 +10,7 @@ EXPECTED = Path(__file__).parent / "expected" / "glyphs_loss.jsonl"
 def test_default_loss_follows_the_shipped_curve(tmp_path):
     """A change that slows or breaks learning of the default preset moves the loss away from the shipped curve.
 
-    Seed 0; float32 and bfloat16, and other processors, differ by far less than the 3 % allowed."""
+    Seed 0; float32 in place of bfloat16 moved the mean of the last 20 losses by 1.1 %; 3 % is allowed."""
     expected = [json.loads(line) for line in EXPECTED.read_text().splitlines()]
     steps = expected[-1]["step"]
     train.main(["--steps", str(steps), "--log-every", "1", "--sample-every", "100000", "--workers", "0",
