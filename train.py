@@ -129,9 +129,9 @@ def settings(argv=None):
         resume = out if (out / "ckpt.pt").exists() else None
         if resume is None:
             print0(f"--resume auto: no checkpoint in {out}, starting at step 0")
-    elif resume is not None and "out" not in given:
-        out = Path(resume) if Path(resume).is_dir() else Path(resume).parent
     source = None if resume is None else Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    if source is not None and "out" not in given:
+        out = source
     if (out / "ckpt.pt").exists() and (source is None or source.resolve() != out.resolve()):
         raise InputError(f"{out} holds a run already: continue it with --resume auto, or give another --out")
     if resume is not None:
