@@ -12,20 +12,60 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import time
 import warnings
+import zipfile
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 import model as asft
 from data import InputError, encode_image
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Processes: valid with and without torchrun
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*words):
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def start_processes(device, backend=None):
+    """The device of this process; joins the process group where torchrun set one up. LOCAL_RANK picks the device,
+    RANK the share of the work."""
+    device = pick_device(device)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                     # TF32 for what autocast leaves in float32
+    if ("RANK" in os.environ or WORLD > 1) and not dist.is_initialized():
+        missing = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+        if missing:
+            raise InputError(f"several processes need {', '.join(sorted(missing))} in the environment: start with torchrun")
+        # sampling and evaluation meet only where the slowest process ends: waiting there for days is no fault
+        dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"),
+                                timeout=timedelta(days=7) if backend else None)
+    return device
+
+
+def wait_for_all():
+    """Returns once every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -327,19 +367,85 @@ def picture(x, size, image):
     return encode_image(x, *size) if image else draw_points(x.numpy())
 
 
-def clear_samples(out):
-    """Remove the samples that an earlier run recorded in out/samples.json, so that no two settings are mixed."""
+def write_atomic(path, write):
+    """Write to a temporary file beside path, fsync, rename: a reader sees the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def read_record(out):
+    """What out/samples.json says of the samples beside it, None where there is none. Raises InputError naming it."""
+    path = Path(out) / "samples.json"
     try:
-        old = [Path(r["file"]) for r in json.loads((out / "samples.json").read_text())["samples"]]
+        record = json.loads(path.read_text())
+        for sample in record["samples"]:
+            if Path(sample["file"]).name != sample["file"]:
+                raise ValueError
+        return record
     except FileNotFoundError:
-        return
+        return None
     except (ValueError, KeyError, TypeError, OSError) as e:
-        raise InputError(f"{out / 'samples.json'}: not written by sample.py ({type(e).__name__}); give another --out") from e
-    print(f"replacing {len(old)} samples in {out}")
-    for file in old:
-        for suffix in (".png", ".npy", ".ply"):
-            (out / f"{file.stem}{suffix}").unlink(missing_ok=True)
-    (out / "samples.json").unlink()
+        raise InputError(f"{path}: not written by sample.py ({type(e).__name__}); give another directory") from e
+
+
+def begin_samples(out, record):
+    """Writes out/samples.json before the first sample. Samples of the same setting that are there already are kept, those of
+    another are removed, so that no two settings are mixed."""
+    old = read_record(out)
+    if old is not None:
+        own = {key: record[key] for key in record if key not in ("n", "nfe", "complete", "samples", *HOW_CUT)}
+        if json.loads(json.dumps(own)) == {key: old.get(key) for key in own}:
+            if len(old["samples"]) > len(record["samples"]):
+                record["n"], record["samples"] = old["n"], old["samples"]
+            record["nfe"] = old.get("nfe")
+        else:
+            print(f"replacing {len(old['samples'])} samples in {out}")
+            for sample in old["samples"]:
+                for suffix in (".png", ".npy", ".ply"):
+                    (out / sample["file"]).with_suffix(suffix).unlink(missing_ok=True)
+    write_atomic(out / "samples.json", lambda f: f.write(json.dumps(record, indent=1).encode()))
+
+
+QUANTISATION = "uint8: 127.5 (x + 1) rounded to the nearest, clamped to 0..255"
+HOW_CUT = ("ckpt", "batch", "chunk", "device", "processes")      # settings that change a sample by rounding at most
+
+
+def write_sample(stem, sample, size, image):
+    """One sample (M, 3) as stem.png, and a cloud as stem.npy and stem.ply; the file that the record names comes last, so
+    that where it exists the sample is complete. Returns the picture."""
+    pixels, at = picture(sample, size, image), lambda suffix: stem.with_name(stem.name + suffix)
+    if not image:
+        points = sample.float().cpu().numpy()
+        write_ply(at(".ply"), points)
+    write_atomic(at(".png"), lambda f: Image.fromarray(pixels).save(f, format="PNG"))
+    if not image:
+        write_atomic(at(".npy"), lambda f: np.save(f, points))
+    return pixels
+
+
+def write_adm_npz(path, pictures, shape, labels):
+    """ADM's sample file: arr_0 uint8 (n, H, W, 3), arr_1 int64 labels; pictures are taken one by one, never all in memory."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as f:
+            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
+            for p in pictures:
+                f.write(np.asarray(p).tobytes())
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as f:
+                np.lib.format.write_array(f, np.asarray(labels), allow_pickle=False)
+
+
+def sha256(path):
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2 ** 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_ply(path, points):
@@ -434,7 +540,8 @@ def parser():
     g = p.add_argument_group("what to sample")
     g.add_argument("--ckpt", help="checkpoint file or run directory (default: the newest in runs/)")
     g.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights (default: ema)")
-    g.add_argument("--n", type=positive, default=16, help="number of samples (default: 16)")
+    # torchrun takes --n in its script's flags for its own --nnodes, hence the second name
+    g.add_argument("--n", "--samples", type=positive, default=16, help="number of samples (default: 16)")
     g.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", default=[],
                    help="class names or indices, taken in turn (default: all classes in turn)")
     g.add_argument("--seed", type=natural, default=0)
@@ -457,12 +564,13 @@ def parser():
 
 
 def main(argv=None):
+    """Runs the command line; returns the directory of the samples."""
     args = parser().parse_args(argv)
     path = newest_checkpoint() if args.ckpt is None else Path(args.ckpt)
     ckpt = read_checkpoint(path)
-    device = pick_device(args.device)
+    device = start_processes(args.device, "gloo")
     config = ckpt["config"]
-    names, sampling = config["class_names"], config["sampling"]
+    names, sampling, trained = config["class_names"], config["sampling"], config["settings"]
     model = load_model(ckpt, path, args.weights).to(device)
     cfg = model.cfg
     image = cfg.domain == "image"
@@ -472,10 +580,12 @@ def main(argv=None):
         raise InputError("--points is for point clouds; this checkpoint draws images: use --res")
     if args.npz and not image:
         raise InputError("--npz is ADM's format for images; clouds are written as .npy and .ply")
-    setting = dict(ckpt=str(path), step=ckpt["step"], weights=args.weights, size=size, seed=args.seed,
-                   solver=args.solver or sampling["solver"], steps=args.steps or sampling["steps"],
+    dtype = pick_dtype(args.dtype, device, "float32")
+    setting = dict(ckpt=str(path), ckpt_sha256=None, step=ckpt["step"], dataset=trained.get("dataset"),
+                   category=trained.get("category"), model=trained.get("model"), weights=args.weights, size=size,
+                   seed=args.seed, solver=args.solver or sampling["solver"], steps=args.steps or sampling["steps"],
                    guidance=sampling["guidance"] if args.guidance is None else args.guidance,
-                   diffusion=args.diffusion, classes=args.classes, dtype=args.dtype)
+                   diffusion=args.diffusion, classes=args.classes, dtype="float32" if dtype is None else "bfloat16")
     if not names:
         setting["guidance"] = 1.0
         if args.guidance not in (None, 1.0):
@@ -485,59 +595,75 @@ def main(argv=None):
     if setting["solver"] == "dopri5" and setting["steps"] < 7:
         raise InputError(f"--steps {setting['steps']}: dopri5 needs a cap of at least 7 evaluations")
     classes = parse_classes(args.classes, names) or list(range(len(names)))
-    labels = [classes[i % len(classes)] for i in range(args.n)] if names else None
+    labels = [classes[i % len(classes)] if names else None for i in range(args.n)]
 
     tag = "x".join(map(str, size)) if image else f"{size}points"
     run = path if path.is_dir() else path.parent
     out = Path(args.out) if args.out else run / "samples" / \
         f"{tag}-{setting['solver']}{setting['steps']}-g{setting['guidance']:g}-seed{args.seed}-step{ckpt['step']}"
-    make_directory(out, "--out")
-    clear_samples(out)
     queries = math.prod(size) if image else size
     batch = args.batch or max(1, min(64, 2 ** 20 // queries))
-    setting.update(n=args.n, batch=batch, chunk=args.chunk, device=str(device))
+    setting.update(batch=batch, chunk=args.chunk, device=str(device), processes=WORLD)
+    suffix = ".png" if image else ".npy"
+    record = dict(setting, n=args.n, nfe=None, complete=False, normalisation=config.get("normalisation"), quantisation=QUANTISATION
+                  if image else None, samples=[dict(file=f"{i:06d}{suffix}", index=i, label=label,
+                                                    class_name=None if label is None else names[label])
+                                               for i, label in enumerate(labels)])
+    make_directory(out, "--out")
+    if RANK == 0:
+        record["ckpt_sha256"] = sha256(path / "ckpt.pt" if path.is_dir() else path)
+        begin_samples(out, record)
+    wait_for_all()
+    # one sample a file, shared out over the processes; what an interrupted run finished is not drawn again
+    todo = [i for i in range(RANK, args.n, WORLD) if not (out / f"{i:06d}{suffix}").exists()]
 
-    print(f"{path}: step {ckpt['step']}, {args.weights} weights, {cfg.domain} model trained at "
-          f"{f'{cfg.res}x{cfg.res}' if image else f'{cfg.points} points'}, sampling {args.n} at {tag} on {device}")
-    dtype = pick_dtype(args.dtype, device, "float32")
-    pictures, records, arrays, nfe, started = [], [], [], 0, time.time()
-    evaluations = setting["steps"] * (2 if setting["solver"] == "heun" else 1) * math.ceil(args.n / batch)
-    with tqdm(total=evaluations, unit="eval", desc="sampling", disable=None) as bar, autocast(device, dtype):
-        for first in range(0, args.n, batch):
-            indices = range(first, min(first + batch, args.n))
+    print0(f"{path}: step {ckpt['step']}, {args.weights} weights, {cfg.domain} model trained at "
+           f"{f'{cfg.res}x{cfg.res}' if image else f'{cfg.points} points'}, sampling {args.n} at {tag} on "
+           + (f"{WORLD} x " if WORLD > 1 else "") + str(device))
+    if len(todo) < len(range(RANK, args.n, WORLD)):
+        print0(f"{len(range(RANK, args.n, WORLD)) - len(todo)} samples of this setting are in {out} already")
+    nfe, started = None, time.time()
+    evaluations = setting["steps"] * (2 if setting["solver"] == "heun" else 1) * math.ceil(len(todo) / batch)
+    with tqdm(total=evaluations, unit="eval", desc="sampling", disable=None if RANK == 0 else True) as bar, \
+            autocast(device, dtype):
+        for first in range(0, len(todo), batch):
+            indices = todo[first:first + batch]
             label = torch.tensor([labels[i] for i in indices], device=device) if names else None
             x, nfe = generate(model, indices, args.seed, size, label, None, setting["guidance"], setting["solver"],
                               setting["steps"], args.chunk, config["path"], args.diffusion, bar.update)
             if not x.isfinite().all():
                 raise InputError(f"{path}: its {args.weights} weights give non-finite samples; try another checkpoint")
-            for i, sample in zip(indices, x.float().cpu()):
-                stem = f"{i:06d}"
-                pictures.append(picture(sample, size, image))
-                Image.fromarray(pictures[-1]).save(out / f"{stem}.png")
-                if not image:
-                    np.save(out / f"{stem}.npy", sample.numpy())
-                    write_ply(out / f"{stem}.ply", sample.numpy())
-                if args.npz:
-                    arrays.append(pictures[-1])
-                if queries > 2 ** 20:          # keep the grid's memory bounded
-                    pictures[-1] = np.asarray(Image.fromarray(pictures[-1]).reduce(math.ceil(max(size) / 1024)))
-                label_i = labels[i] if names else None
-                records.append(dict(file=f"{stem}.png" if image else f"{stem}.npy", index=i, label=label_i,
-                                    class_name=names[label_i] if names else None))
-    grid_picture(pictures).save(out / "grid.png")
-    if args.npz:
-        np.savez(out / "samples.npz", arr_0=np.stack(arrays), **({"arr_1": np.array(labels)} if names else {}))
-    setting["nfe"] = nfe
-    (out / "samples.json").write_text(json.dumps(dict(setting, normalisation=config.get("normalisation"),
-                                                      samples=records), indent=1))
-    guided = names and setting["guidance"] != 1
-    print(f"{args.n} samples in {time.time() - started:.1f} s, NFE {nfe}{' (each guided: two passes)' if guided else ''}, "
-          f"solver {setting['solver']}, guidance {setting['guidance']:g}, written to {out}")
+            for i, sample in zip(indices, x):
+                write_sample(out / f"{i:06d}", sample, size, image)
+    wait_for_all()
+    if RANK == 0:
+        finish_samples(out, record, args.n, nfe, size, args.npz)
+        guided = names and setting["guidance"] != 1
+        print(f"{args.n} samples in {time.time() - started:.1f} s, NFE {record['nfe']}"
+              f"{' (each guided: two passes)' if guided else ''}, solver {setting['solver']}, "
+              f"guidance {setting['guidance']:g}, written to {out}")
+    return out
+
+
+def finish_samples(out, record, n, nfe, size, npz):
+    """grid.png of the first 64, samples.npz where asked for, and the finished samples.json."""
+    shrink = 1 if isinstance(size, int) else math.ceil(max(size) / 1024)           # keep the sheet's memory bounded
+    read = lambda i: Image.open(out / f"{i:06d}.png")
+    grid_picture([np.asarray(read(i).reduce(shrink)) for i in range(min(n, 64))]).save(out / "grid.png")
+    if npz:
+        labels = [sample["label"] for sample in record["samples"][:n]]
+        write_atomic(out / "samples.npz", lambda f: write_adm_npz(f, map(read, range(n)), (n, *size, 3),
+                                                                  None if labels[0] is None else labels))
+    record.update(nfe=nfe or record["nfe"], complete=True)             # nothing counted where all was there before
+    write_atomic(out / "samples.json", lambda f: f.write(json.dumps(record, indent=1).encode()))
 
 
 if __name__ == "__main__":
     try:
         main()
     except (InputError, OSError) as e:
-        print(f"sample.py: {one_line(e)}", file=sys.stderr)
+        if RANK == 0 or dist.is_initialized():                         # what concerns every process is said once
+            print(f"sample.py: {one_line(e)}", file=sys.stderr)
         sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()

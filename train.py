@@ -29,8 +29,8 @@ from tqdm import tqdm
 import data
 import model as asft
 from data import InputError
-from sample import (SOLVERS, autocast, generate, generator, grid_picture, load_weights, make_directory, natural, one_line,
-                    pick_device, pick_dtype, picture, positive, read_checkpoint)
+from sample import (RANK, SOLVERS, WORLD, autocast, generate, generator, grid_picture, load_weights, make_directory, natural,
+                    one_line, pick_device, pick_dtype, picture, positive, print0, read_checkpoint, start_processes, write_atomic)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: every value is a default that a flag of the same name overrides
@@ -157,32 +157,7 @@ def settings(argv=None):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Processes: valid with and without torchrun
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def print0(*words):
-    if RANK == 0:
-        print(*words, flush=True)
-
-
-def start_processes(args):
-    """Device of this process; joins the process group where torchrun set one up. LOCAL_RANK picks the device, RANK
-    the share of the data."""
-    device = pick_device(args.device)
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")                     # TF32 for what autocast leaves in float32
-    if "RANK" in os.environ or WORLD > 1:
-        missing = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
-        if missing:
-            raise InputError(f"several processes need {', '.join(sorted(missing))} in the environment: start with torchrun")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
+# Processes
 
 def any_rank(flag, device):
     """True where the flag is set on any process."""
@@ -242,16 +217,6 @@ def learning_rate(args, step):
 
 # ---------------------------------------------------------------------------------------------------------
 # Run directory
-
-def write_atomic(path, write):
-    """Write to a temporary file beside path, fsync, rename: a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
 
 def read_log(path, step):
     """The records of log.jsonl up to a step; lines that a crash left broken are dropped, and that is said."""
@@ -364,7 +329,7 @@ def build(args, given):
 def main(argv=None):
     args, given, ckpt = settings(argv)
     dataset, cfg = build(args, given)
-    device = start_processes(args)
+    device = start_processes(args.device)
     dtype = pick_dtype(args.dtype, device, "bfloat16" if bfloat16_cpu() else "float32")
     compiled = args.compile if args.compile is not None else device.type == "cuda"
     # on a CPU a data process pays only where files are decoded: it takes time from the cores that train

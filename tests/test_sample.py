@@ -357,8 +357,8 @@ def test_images_of_any_size(glyphs_run, tmp_path, capsys, res, size):
     meta = json.loads((out / "samples.json").read_text())
     assert [(s["file"], s["index"], s["label"], s["class_name"]) for s in meta["samples"]] == \
         [(f"{i:06d}.png", i, i, "ABCDE"[i]) for i in range(5)]
-    expected = dict(weights="ema", seed=7, solver="euler", steps=3, nfe=3, guidance=2.0, step=6, dtype="auto",
-                    size=list(size), ckpt=str(glyphs_run))
+    expected = dict(weights="ema", seed=7, solver="euler", steps=3, nfe=3, guidance=2.0, step=6, dtype="float32", complete=True, n=5,
+                    size=list(size), ckpt=str(glyphs_run), dataset="glyphs", normalisation=None)
     assert {k: meta[k] for k in expected} == expected
     with np.load(out / "samples.npz", allow_pickle=False) as arrays:
         assert arrays["arr_0"].shape == (5, *size, 3) and arrays["arr_0"].dtype == np.uint8
@@ -570,5 +570,39 @@ def test_a_directory_holds_one_setting(tmp_path, glyphs_run):
         with pytest.raises(data.InputError):
             run("--n", "1", *wrong)
         assert names() == ["000000.png", "000001.png", "000002.png"]
-    run("--n", "2")
+    run("--n", "2", "--seed", "1")
     assert names() == ["000000.png", "000001.png"]
+
+
+def test_a_rerun_keeps_what_is_finished(tmp_path, glyphs_run, capsys):
+    """If an interrupted run began again from nothing, or took a half-written or foreign file for a sample."""
+    run = lambda *flags: cli("--ckpt", glyphs_run, "--steps", 2, "--out", tmp_path, *flags, capsys=capsys)
+    run("--n", 5)
+    whole = {p.name: p.read_bytes() for p in tmp_path.glob("0*.png")}
+    record = json.loads((tmp_path / "samples.json").read_text())
+    (tmp_path / "samples.json").write_text(json.dumps(dict(record, complete=False)))
+    (tmp_path / "000003.png").unlink()
+    (tmp_path / "000003.png.tmp").write_bytes(b"half")
+    before = (tmp_path / "000001.png").stat().st_mtime_ns
+    assert "4 samples of this setting" in run("--n", 5)
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("0*.png")} == whole
+    assert (tmp_path / "000001.png").stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "samples.json").read_text()) == record
+    run("--n", 2)                                   # fewer of the same: the others stay, and stay listed
+    assert {p.name for p in tmp_path.glob("0*.png")} == set(whole)
+    assert json.loads((tmp_path / "samples.json").read_text()) == record
+
+
+def test_processes_share_the_samples(tmp_path, glyphs_run):
+    """If another number of processes drew other samples, drew one twice, or wrote another number of files (row 21)."""
+    common = ["--ckpt", str(glyphs_run), "--samples", "7", "--steps", "2", "--batch", "2", "--npz"]
+    sample.main([*common, "--out", str(tmp_path / "one")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, str(ROOT / "sample.py"), *common,
+                           "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert listing(tmp_path / "one") == listing(tmp_path / "two")
+    one, two = (np.load(tmp_path / name / "samples.npz", allow_pickle=False)["arr_0"].astype(int) for name in ("one", "two"))
+    assert abs(one - two).max() <= 1
+    records = [json.loads((tmp_path / name / "samples.json").read_text()) for name in ("one", "two")]
+    assert [r.pop("processes") for r in records] == [1, 2] and records[0] == records[1]
