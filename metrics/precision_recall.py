@@ -1,0 +1,46 @@
+"""Precision and recall of generative models (Kynkaanniemi et al. 2019), as ADM's evaluator defines them.
+
+A set of features is covered by balls: around each item one that reaches its k-th nearest neighbour in the set. Precision is
+the share of fakes inside any ball of the real set, recall the share of reals inside any ball of the fake set; a distance
+equal to the radius is inside. N real, M fake, d features; Euclidean distances in float64. Needs torch only.
+"""
+import torch
+
+
+def squared_distances(a, b):
+    """(n,d), (m,d) float64 -> (n,m). By the Gram matrix: n m d multiplications, no (n,m,d) array. What is left of a distance
+    of zero is rounding, below 1e-12 of the squared norms, and is set to zero: copies of one item are at distance 0."""
+    aa, bb = a.square().sum(1)[:, None], b.square().sum(1)[None]
+    squared = torch.addmm(aa + bb, a, b.mT, alpha=-2)
+    return torch.where(squared < 1e-12 * (aa + bb), 0, squared)
+
+
+def radii(x, k, block):
+    """Squared distance of each row of (n,d) to its k-th nearest neighbour, itself not counted: (n,)."""
+    return torch.cat([squared_distances(x[i:i + block], x).kthvalue(k + 1, dim=1).values for i in range(0, len(x), block)])
+
+
+def share_covered(x, centres, radius, block):
+    """Share of the rows of x that lie in any ball around `centres`."""
+    inside = [(squared_distances(x[i:i + block], centres) <= radius * (1 + 1e-12)).any(1) for i in range(0, len(x), block)]
+    return torch.cat(inside).double().mean().item()
+
+
+def precision_recall(real, fake, k=3, block=1024, device=None):
+    """real (N,d), fake (M,d) features, tensors or arrays -> (precision, recall), both in 0..1.
+
+    `block` rows are compared with a whole set at a time: memory block x max(N, M) x 8 bytes, a few times; results do not
+    depend on it. Raises ValueError for sets of k items or fewer, other shapes, and features that are not finite."""
+    real, fake = (torch.as_tensor(x, device=device).double() for x in (real, fake))
+    for name, x in (("real", real), ("fake", fake)):
+        if x.dim() != 2 or x.shape[1] != real.shape[-1]:
+            raise ValueError(f"{name} features are {tuple(x.shape)}: expected (n,d) with one d for both, real is {tuple(real.shape)}")
+        if len(x) <= k:
+            raise ValueError(f"precision and recall with k = {k} neighbours need at least {k + 1} {name} items, found {len(x)}")
+        if not x.isfinite().all():
+            raise ValueError(f"{name} features of item {int((~x.isfinite().all(1)).nonzero()[0])} are not finite")
+    centre = real.mean(0)                                              # far from the origin the Gram form would cancel
+    real, fake = real - centre, fake - centre
+    precision = share_covered(fake, real, radii(real, k, block), block)
+    recall = share_covered(real, fake, radii(fake, k, block), block)
+    return precision, recall
