@@ -132,7 +132,7 @@ def dataset_set(name, split, args):
                         category=args.category, split=split)
     count = len(dataset)
     if recipe["loader"] in ("glyphs", "solids"):                       # endless
-        count = args.n or 1000
+        count = args.n or 2 ** 10
     files = getattr(dataset, "files", None)
     image = dataset.domain == "image"
     return Set(source=f"{name}:{split}" + (f" {where}" if where else ""), domain=dataset.domain, count=count,
@@ -379,7 +379,7 @@ def extract(items, networks, moments, keep, args, device, subset=None):
     in `subset`, if given), and the SHA-256 over the items' own."""
     mine, sums, kept, digests, shape = list(range(RANK, items.count, WORLD)), {}, defaultdict(list), [], None
     bar = tqdm(total=len(mine), unit=items.domain, desc=Path(items.source).name, disable=None if RANK == 0 else True)
-    for numbers, batch in batches(items, mine, args.batch, args.workers):
+    for numbers, batch in batches(items, mine, args.batch or (64 if device.type == "cuda" else 8), args.workers):
         if shape not in (None, batch.shape[1:]):
             raise InputError(f"{items.name(numbers[0])} is {tuple(batch.shape[1:])}, those before {tuple(shape)}; expected one size")
         shape = batch.shape[1:]
@@ -650,7 +650,7 @@ def common_flags(p):
     p.add_argument("--res", type=positive, help="pictures: crop and resize to this side, as training does")
     p.add_argument("--split", help="split of a data set, or sub-directory of a directory")
     p.add_argument("--n", "--samples", type=positive, help="number of samples to draw, or of items of an endless data set")
-    p.add_argument("--batch", type=positive, default=64, help="items at a time (default: 64)")
+    p.add_argument("--batch", type=positive, help="items at a time (default: 64 on CUDA, 8 on the CPU, whose cache holds them)")
     p.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2,
                    help="threads (default: one a core)")
     p.add_argument("--cache", type=Path, default=weights.cache_directory(), help="of weights and pairwise distances (default: "

@@ -20,7 +20,7 @@ class Moments:
 
     def update(self, x):
         """Adds features (b,d) of any floating type. Raises ValueError for another width and for values that are not finite."""
-        x = torch.as_tensor(x, device=self.mean.device)
+        x = torch.as_tensor(x, device=self.mean.device).detach()
         if x.dim() != 2 or x.shape[1] != len(self.mean):
             raise ValueError(f"features {tuple(x.shape)}: expected (b,{len(self.mean)})")
         x = x.double()
@@ -33,7 +33,9 @@ class Moments:
         return self.merge(other) if other.n else self
 
     def merge(self, other):
-        """Adds what another has seen."""
+        """Adds what another has seen. Raises ValueError for another width."""
+        if len(other.mean) != len(self.mean):
+            raise ValueError(f"moments of width {len(other.mean)}: expected width {len(self.mean)}")
         n = self.n + other.n
         if other.n:
             delta = other.mean.to(self.mean.device) - self.mean
@@ -57,12 +59,16 @@ class Moments:
 def sqrt_trace(S1, S2):
     """tr (S1 S2)^{1/2} of two symmetric positive semi-definite matrices (d,d), a float.
 
-    S1 S2 has the eigenvalues of the symmetric R S2 R^T for any R with R^T R = S1, so two symmetric eigenvalue problems do, in
-    float64; negative eigenvalues are rounding and count as 0. Exact for rank-deficient matrices, where sqrtm(S1 S2) is not."""
+    S1 S2 has the eigenvalues of the symmetric R S2 R^T for any R with R^T R = S1: the Cholesky factor, or where S1 is
+    singular that of its eigenvectors. In float64; negative eigenvalues are rounding and count as 0. Exact for
+    rank-deficient matrices, where sqrtm(S1 S2) is not."""
     S1, S2 = (torch.as_tensor(S).double() for S in (S1, S2))
-    values, vectors = torch.linalg.eigh(S1)
-    keep = values > values[-1] * len(S1) * torch.finfo(torch.float64).eps      # the others are rounding of a zero
-    R = values[keep].sqrt()[:, None] * vectors[:, keep].mT
+    L, singular = torch.linalg.cholesky_ex(S1)                         # a tenth of the cost of eigenvectors
+    R = L.mT
+    if singular:
+        values, vectors = torch.linalg.eigh(S1)
+        keep = values > values[-1] * len(S1) * torch.finfo(torch.float64).eps  # the others are rounding of a zero
+        R = values[keep].sqrt()[:, None] * vectors[:, keep].mT
     return torch.linalg.eigvalsh(R @ S2 @ R.mT).clamp_min(0).sqrt().sum().item()
 
 

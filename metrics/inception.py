@@ -188,6 +188,7 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):
+        x = x.contiguous(memory_format=torch.channels_last)                                # (B, 3, 299, 299)
         x = chain(x, self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3)           # (B, 64, 147, 147)
         x = chain(F.max_pool2d(x, 3, 2), self.Conv2d_3b_1x1, self.Conv2d_4a_3x3)           # (B, 192, 71, 71)
         x = chain(F.max_pool2d(x, 3, 2), self.Mixed_5b, self.Mixed_5c, self.Mixed_5d)      # (B, 288, 35, 35)
@@ -219,7 +220,8 @@ def load(path):
         raise ValueError(f"{path}: not the weights of {FILE}: {len(wrong)} entries do not fit: {'; '.join(wrong[:4])}"
                          + ("; ..." if len(wrong) > 4 else ""))
     net.load_state_dict(state, strict=False)       # only the counters that no evaluation reads may be missing
-    return net.requires_grad_(False)
+    # channels last: twice as fast on a CPU, and what tensor cores want
+    return net.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ centre, C and D channels. Needs torch, numpy and tqdm.
     net = load(path)
     x = features(net, clouds)          # clouds (S,K,3), K >= 512 -> (S,512)
 """
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -140,7 +141,8 @@ def load(path):
     """PointNet2 in evaluation mode on the CPU, with the weights of a file: Point-E's, or the state dict alone. Raises
     ValueError naming the file and what does not fit."""
     try:
-        with torch.serialization.safe_globals(NUMPY):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY):
+            warnings.simplefilter("ignore")     # a foreign pickle also draws a warning; the one line below says it all
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:     # a broken or foreign file raises whatever its bytes provoke
         raise ValueError(f"{path}: not a file of tensors ({type(e).__name__}); expected {FILE} of Point-E") from None

@@ -31,6 +31,8 @@ def precision_recall(real, fake, k=3, block=1024, device=None):
 
     `block` rows are compared with a whole set at a time: memory block x max(N, M) x 8 bytes, a few times; results do not
     depend on it. Raises ValueError for sets of k items or fewer, other shapes, and features that are not finite."""
+    if k < 1 or block < 1:
+        raise ValueError(f"k {k}, block {block}: expected at least 1 of each")
     real, fake = (torch.as_tensor(x, device=device).double() for x in (real, fake))
     for name, x in (("real", real), ("fake", fake)):
         if x.dim() != 2 or x.shape[1] != real.shape[-1]:

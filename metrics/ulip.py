@@ -15,6 +15,7 @@ D width, d width of a head. Needs torch, numpy and tqdm.
 """
 import argparse
 import re
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -187,18 +188,19 @@ class PointBERT(nn.Module):
         return self.point_encoder(points) @ self.pc_projection
 
 
-# ULIP's trainer keeps its arguments and perhaps NumPy scalars beside the weights; weights_only refuses these unless told.
+# ULIP's trainer keeps its arguments, perhaps NumPy scalars, beside the weights; weights_only refuses these unless told.
 SCALAR = np.float64(0).__reduce__()[0]
 EXTRAS = [argparse.Namespace, (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"),
           np.dtype, *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64))]
 
 
 def load(path):
-    """PointBERT in evaluation mode on the CPU, with the weights of a file, ULIP's or the state dict alone, which tell its
-    channels, depth and dim. Entries that are not the point tower's are passed over. Raises ValueError naming the file
-    and what does not fit."""
+    """PointBERT in evaluation mode on the CPU, with the weights of a file, ULIP's or the state dict alone, which tell
+    its channels, depth and dim. Entries that are not the point tower's are passed over. Raises ValueError naming the
+    file and what does not fit."""
     try:
-        with torch.serialization.safe_globals(EXTRAS):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(EXTRAS):
+            warnings.simplefilter("ignore")     # a foreign pickle also draws a warning; the one line below says it all
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:     # a broken or foreign file raises whatever its bytes provoke
         asked = re.search(r"GLOBAL (\S+)", str(e))
