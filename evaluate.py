@@ -283,11 +283,14 @@ def npz_set(path, args):
     return array_set(path, pictures, args, **more)
 
 
+MAPPED = 2 ** 26      # bytes from which an array is mapped instead of read
+
+
 def map_npz(path, key):
     """One array of an .npz, memory-mapped where it is stored uncompressed: 50,000 pictures need not fit into memory."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(key + ".npy")
-    if info.compress_type == zipfile.ZIP_STORED and info.file_size > 2 ** 26:
+    if info.compress_type == zipfile.ZIP_STORED and info.file_size > MAPPED:
         with open(path, "rb") as f:
             f.seek(info.header_offset + 26)
             f.seek(info.header_offset + 30 + int.from_bytes(f.read(2), "little") + int.from_bytes(f.read(2), "little"))
@@ -453,8 +456,9 @@ def own_features(text, device):
     return run
 
 
-def find_weights(names, args, asked):
-    """{network: path}; and what the JSON says of each. Process 0 downloads, if anyone must."""
+def find_weights(names, args, download, lenient=False):
+    """{network: path}, and what the JSON says of each. Process 0 downloads, if anyone must. lenient: what is missing is left
+    out, loudly."""
     given, found, said = {}, {}, {}
     for path in args.weights or []:
         given[weights.identify(path)] = path
@@ -464,7 +468,13 @@ def find_weights(names, args, asked):
     for rank0_first in ((True, False) if WORLD > 1 else (True,)):
         for name in names:
             if rank0_first == (RANK == 0) or WORLD == 1:
-                path, digest, published = weights.find(name, given.get(name), args.cache, download=asked, log=print0)
+                try:
+                    path, digest, published = weights.find(name, given.get(name), args.cache, download, log=print0)
+                except ValueError as e:
+                    if not lenient:
+                        raise
+                    warn(f"--metrics all leaves out what needs them: {e}")
+                    continue
                 found[name], said[name] = path, dict(file=str(path), sha256=digest, published=published)
                 if published is False:
                     warn(f"{name}: {path} is not the published file: its SHA-256 is {digest}, the published one "
@@ -794,7 +804,13 @@ def main(argv=None):
         needed.add("inception")
     if "ulip_i" in names:
         needed.update(["ulip"] * (not args.point_features) + ["bigg"] * (not args.images.endswith(".npy")))
-    found, used = find_weights(sorted(needed), args, asked)
+    found, used = find_weights(sorted(needed), args, download=asked, lenient="all" in (args.metrics or ()))
+    lost = needed - set(found)
+    pr = {"precision", "recall"} if "inception" in lost and not args.features else set()
+    names = [n for n in names if NETWORK.get(n) not in lost and n not in pr and not (n == "ulip_i" and lost & {"ulip", "bigg"})]
+    needed -= lost
+    if not names:
+        raise InputError("--metrics all: nothing is left that can be computed without the weights named above")
     networks = image_networks(needed, args, found, device) if domain == "image" else {}
     if args.features and {"fd", "precision", "recall"} & set(names):
         networks["features"] = own_features(args.features, device)
@@ -890,7 +906,7 @@ def stats(argv):
     names = args.metrics or (["fd"] if args.features else ["fid", "sfid"])
     if "fd" in names and not args.features:
         raise InputError("--metrics fd: needs --features, to say of what features")
-    found, used = find_weights(sorted({NETWORK[n] for n in names if n in NETWORK}), args, True)
+    found, used = find_weights(sorted({NETWORK[n] for n in names if n in NETWORK}), args, download=True)
     networks = image_networks(set(found), args, found, device)
     if "fd" in names:
         networks["features"] = own_features(args.features, device)

@@ -642,6 +642,7 @@ def main(argv=None):
         print(f"{args.n} samples in {time.time() - started:.1f} s, NFE {record['nfe']}"
               f"{' (each guided: two passes)' if guided else ''}, solver {setting['solver']}, "
               f"guidance {setting['guidance']:g}, written to {out}")
+    wait_for_all()                                                     # whoever reads the record next finds it finished
     return out
 
 
