@@ -37,7 +37,8 @@ import sample
 from data import InputError
 from metrics import clip, clouds, frechet, inception, pointnet, ulip, weights
 from metrics.precision_recall import precision_recall
-from sample import RANK, WORLD, one_line, positive, natural, print0, read_record, start_processes, wait_for_all, write_atomic
+from sample import (RANK, WORLD, natural, one_line, positive, print0, read_record, start_processes, wait_for_all,
+                    write_atomic)
 from train import RECIPES
 
 # ---------------------------------------------------------------------------------------------------------
@@ -45,7 +46,8 @@ from train import RECIPES
 
 PAPER = {
     ("ffhq256", 256): {"ASFT-B (Tab. 1)": dict(fid_clip=2.46), "ASFT-L (Tab. 1)": dict(fid_clip=2.18)},
-    ("ffhq256", 512): {"ASFT (Tab. 9)": dict(fid=23.09), "bilinear (Tab. 9)": dict(fid=35.05), "bicubic (Tab. 9)": dict(fid=24.34)},
+    ("ffhq256", 512): {"ASFT (Tab. 9)": dict(fid=23.09), "bilinear (Tab. 9)": dict(fid=35.05),
+                       "bicubic (Tab. 9)": dict(fid=24.34)},
     ("church256", 256): {"ASFT-B (Tab. 1)": dict(fid_clip=7.11), "ASFT-L (Tab. 1)": dict(fid_clip=5.51),
                          "ASFT (Tab. 8)": dict(fid=7.03, precision=0.69, recall=0.34),
                          "PerceiverIO (Tab. 8)": dict(fid=65.09, precision=0.38, recall=0.01)},
@@ -68,9 +70,10 @@ DEFAULT = {"image": ("fid", "sfid", "is", "precision", "recall"), "points": (*PA
 UNITS = {"mmd_cd": "x 1e3", "mmd_emd": "x 1e2", **dict.fromkeys(("cov_cd", "cov_emd", "1nna_cd", "1nna_emd"), "%")}
 
 # features -> names of their stored mean and covariance: ADM's for the first two
-STATISTICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"), "fid_clip": ("mu_clip", "sigma_clip"), "fd": ("mu_fd", "sigma_fd")}
+STATISTICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"), "fid_clip": ("mu_clip", "sigma_clip"),
+              "fd": ("mu_fd", "sigma_fd")}
 NETWORK = {"fid": "inception", "sfid": "inception", "is": "inception", "fid_clip": "clip", "p_fid": "pointnet"}
-REAL_FOR_PR = 10_000      # ADM's evaluator compares with the 10,000 pictures of its reference file; so do we with a random subset
+REAL_FOR_PR = 10_000      # as many as ADM's reference files hold for precision and recall; of more, a random subset
 
 WARNINGS = []
 
@@ -157,6 +160,7 @@ def folder_set(path, args):
         domain = "points" if record.get("normalisation") else "image"
     else:
         record = {}
+        path = path / args.split if args.split and (path / args.split).is_dir() else path
         found = sorted(p for p in path.rglob("*") if p.suffix in (".npy", ".ply") and not p.name.startswith("."))
         files = list({p.with_suffix(""): p for p in reversed(found)}.values())[::-1]     # .npy before its twin .ply
         pictures = data.find_pictures(str(path))
@@ -169,8 +173,8 @@ def folder_set(path, args):
     image = domain == "image"
     read = (lambda i: fitted(data.read_image(files[i]), args.res)) if image else (lambda i: read_cloud(files[i]))
     size, named = record.get("size"), record.get("dataset")
-    return Set(source=str(path), domain=domain, count=len(files), item=read, name=lambda i: str(files[i]), file_type=file_types(files),
-               normalisation=record.get("normalisation"), record=record,
+    return Set(source=str(path), domain=domain, count=len(files), item=read, name=lambda i: str(files[i]),
+               file_type=file_types(files), normalisation=record.get("normalisation"), record=record,
                dataset=(named, (size[0] if size else None) if image else record.get("category")) if named else None)
 
 
@@ -227,7 +231,8 @@ def read_ply(path):
         end = next((i for i, w in enumerate(words[2:], 2) if w[0] == "element"), len(words))
         fields = [(w[2], PLY_TYPES[w[1]]) for w in words[2:end]]
         if kind == "ascii":
-            rows = [[float(x) for x in line.split()[:len(fields)]] for line in body.decode("ascii").splitlines()[:int(count)]]
+            lines = body.decode("ascii").splitlines()[:int(count)]
+            rows = [[float(x) for x in line.split()[:len(fields)]] for line in lines]
             table = dict(zip([f for f, _ in fields], np.array(rows).T.reshape(len(fields), int(count))))
         else:
             order = {"binary_little_endian": "<", "binary_big_endian": ">"}[kind]
@@ -268,7 +273,8 @@ def npz_set(path, args):
         if (mu in arrays) != (sigma in arrays):
             raise InputError(f"{path}: found one of `{mu}` and `{sigma}`; expected both")
         if mu in arrays and (arrays[mu].ndim != 1 or arrays[sigma].shape != 2 * arrays[mu].shape):
-            raise InputError(f"{path}: `{mu}` {arrays[mu].shape} and `{sigma}` {arrays[sigma].shape} are no mean (d,) and covariance (d,d)")
+            raise InputError(f"{path}: `{mu}` {arrays[mu].shape} and `{sigma}` {arrays[sigma].shape} are no mean (d,) and "
+                             f"covariance (d,d)")
     if "mu" in arrays and len(arrays["mu"]) == 512:                    # clean-fid's files of CLIP features
         arrays["mu_clip"], arrays["sigma_clip"] = arrays.pop("mu"), arrays.pop("sigma")
     try:
@@ -276,8 +282,9 @@ def npz_set(path, args):
     except ValueError:
         raise InputError(f"{path}: `meta` is not JSON; expected a file of evaluate.py stats") from None
     known_by = path.name.removeprefix("VIRTUAL_").split("_")[0]         # ADM's names: VIRTUAL_imagenet256_labeled.npz
+    named = known_by in RECIPES and path.name.startswith("VIRTUAL_")
     more = dict(statistics={k: np.asarray(v) for k, v in arrays.items()}, record=meta,
-                dataset=(known_by, RECIPES[known_by].get("res")) if known_by in RECIPES and path.name.startswith("VIRTUAL_") else None)
+                dataset=(known_by, RECIPES[known_by].get("res")) if named else None)
     if pictures is None:
         return Set(str(path), "image", file_type=meta.get("file_type", "statistics"), **more)
     return array_set(path, pictures, args, **more)
@@ -319,12 +326,13 @@ def tensor_set(path, args):
     content = load_tensors(path)
     tensors = content if isinstance(content, dict) else {"ref": content}
     if not isinstance(tensors.get("ref"), torch.Tensor):
-        raise InputError(f"{path}: found {', '.join(map(str, list(tensors)[:6])) or 'nothing'}; expected a tensor (S,P,3), or LION's "
-                         f"dict with `ref`, `mean`, `std`")
+        raise InputError(f"{path}: found {', '.join(map(str, list(tensors)[:6])) or 'nothing'}; expected a tensor (S,P,3), "
+                         f"or LION's dict with `ref`, `mean`, `std`")
     found = array_set(path, tensors["ref"].float().numpy(), args)
     if {"mean", "std"} <= set(tensors):
         try:                                                           # (S,1,3) and (S,1,1), the same for every cloud
-            mean, std = (np.broadcast_to(tensors[k].float().numpy(), (found.count, 1, n)) for k, n in (("mean", 3), ("std", 1)))
+            mean, std = (np.broadcast_to(tensors[k].float().numpy(), (found.count, 1, n))
+                         for k, n in (("mean", 3), ("std", 1)))
         except (AttributeError, ValueError):
             raise InputError(f"{path}: `mean` and `std` are not tensors (S,1,3) and (S,1,1)") from None
         found.affine, found.normalisation = (mean, std), "global"
@@ -340,7 +348,8 @@ def load_tensors(path):
             warnings.simplefilter("ignore")     # a foreign pickle also draws a warning; the one line below says it all
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:     # a broken or foreign file raises whatever its bytes provoke
-        raise InputError(f"{path}: not a file of tensors ({type(e).__name__}); pickles of anything else are not loaded") from None
+        raise InputError(f"{path}: not a file of tensors ({type(e).__name__}); pickles of anything else are not "
+                         f"loaded") from None
 
 
 FILES = {".npz": npz_set, ".npy": npy_set, ".pt": tensor_set, ".pth": tensor_set, ".ply": ply_set}
@@ -369,8 +378,9 @@ def batches(items, numbers, size, workers):
             arrays, ahead = [future.result() for future in ahead], [pool.submit(items.item, i) for i in following]
             for i, array in zip(cut, arrays):
                 if array.shape != arrays[0].shape:
+                    remedy = "--res crops and resizes" if items.domain == "image" else "resample them"
                     raise InputError(f"{items.name(i)} is {array.shape}, {items.name(cut[0])} is {arrays[0].shape}; "
-                                     f"expected one size: " + ("--res crops and resizes" if items.domain == "image" else "resample them"))
+                                     f"expected one size: {remedy}")
             yield cut, torch.from_numpy(np.stack(arrays))
 
 
@@ -384,7 +394,8 @@ def extract(items, networks, moments, keep, args, device, subset=None):
     bar = tqdm(total=len(mine), unit=items.domain, desc=Path(items.source).name, disable=None if RANK == 0 else True)
     for numbers, batch in batches(items, mine, args.batch or (64 if device.type == "cuda" else 8), args.workers):
         if shape not in (None, batch.shape[1:]):
-            raise InputError(f"{items.name(numbers[0])} is {tuple(batch.shape[1:])}, those before {tuple(shape)}; expected one size")
+            raise InputError(f"{items.name(numbers[0])} is {tuple(batch.shape[1:])}, those before {tuple(shape)}; "
+                             f"expected one size")
         shape = batch.shape[1:]
         digests += [(i, hashlib.sha256(x.numpy().tobytes()).digest()) for i, x in zip(numbers, batch)]
         batch = batch.to(device)
@@ -407,8 +418,8 @@ def extract(items, networks, moments, keep, args, device, subset=None):
         for other in parts[1:]:
             for name, m in other[0].items():
                 sums[name].merge(m)
-    rows = {name: torch.stack([f for _, f in sorted((pair for part in parts for pair in part[1].get(name, [])), key=lambda p: p[0])])
-            for name in keep}
+    pairs = {name: sorted((pair for part in parts for pair in part[1].get(name, [])), key=lambda p: p[0]) for name in keep}
+    rows = {name: torch.stack([f for _, f in pairs[name]]) for name in keep}
     ordered = sorted(pair for part in parts for pair in part[2])
     digest = hashlib.sha256(b"".join(d for _, d in ordered)).hexdigest()
     return sums, rows, digest, tuple(shape)
@@ -502,11 +513,12 @@ def image_scores(fake, real, names, args, device, networks, protocol):
         reference = extract(real, {k: v for k, v in networks.items()}, unstored, keep, args, device, subset)
     if RANK:
         return {}
-    sums, rows, protocol["fake_sha256"], fake_shape = got
+    sums, rows, digest, fake_shape = got
+    protocol["fake_sha256"] = protocol["fake_sha256"] or fake.sha256 or digest
     protocol["fake_size"] = list(fake_shape[:2]) if fake.domain == "image" else fake_shape[0]
     if reference:
         protocol["real_size"] = list(reference[3][:2]) if real.domain == "image" else reference[3][0]
-        protocol["real_sha256"] = real.sha256 or reference[2]
+        protocol["real_sha256"] = protocol["real_sha256"] or reference[2]
         if fake_shape != reference[3]:
             warn(f"sizes differ: fake {fake_shape}, real {reference[3]}; --res brings pictures to one")
     scores = {}
@@ -515,13 +527,14 @@ def image_scores(fake, real, names, args, device, networks, protocol):
         if name in unstored:
             other, n_real = (reference[0][name].mean, reference[0][name].cov), real.count
         else:
-            other, n_real = [torch.from_numpy(np.asarray(stored[k], np.float64)) for k in STATISTICS[name]], real.record.get("n")
+            other = [torch.from_numpy(np.asarray(stored[k], np.float64)) for k in STATISTICS[name]]
+            n_real = real.record.get("n")
             if len(other[0]) != len(mean):
                 raise InputError(f"{real.source}: `{STATISTICS[name][0]}` has {len(other[0])} entries; {name} needs {len(mean)}")
         scores[name] = frechet.frechet_distance(mean.cpu(), cov.cpu(), *(x.cpu() for x in other))
         if min(fake.count, n_real or fake.count) <= len(mean):
-            warn(f"{name}: {fake.count} samples against {n_real or 'stored statistics of'} real ones, features of {len(mean)} dimensions: "
-                 f"covariances of so few are rank-deficient, the distance is biased upwards")
+            warn(f"{name}: {fake.count} samples against {n_real or 'stored statistics of'} real ones, features of {len(mean)} "
+                 f"dimensions: covariances of so few are rank-deficient, the distance is biased upwards")
     if "is" in names:
         scores["is"], scores["is_std"] = inception.inception_score(rows["is"].double())
     if with_pr:
@@ -563,7 +576,8 @@ def cloud_scores(fake, real, names, args, device, networks, found, protocol):
     if RANK == 0 and "ulip_i" in names:
         scores["ulip_i"] = ulip_score(smp, args, device, found, protocol)
     if set(names) & {"fd", "precision", "recall"}:
-        scores.update(image_scores(fake, real, [n for n in names if n in ("fd", "precision", "recall")], args, device, networks, protocol))
+        own = [n for n in names if n in ("fd", "precision", "recall")]
+        scores.update(image_scores(fake, real, own, args, device, networks, protocol))
     return scores if RANK == 0 else {}
 
 
@@ -615,11 +629,11 @@ def same_scale(smp, ref, fake, real, protocol):
         protocol["normalisation"] = "none: x std + mean of the reference file on both sets (LION's global protocol)"
         return smp * own[1] + own[0], ref * std + mean
     if None not in known and known[0] != known[1]:
-        raise InputError(f"--normalize none: the samples are normalised by {known[0]}, the references by {known[1]}; these cannot be "
-                         f"compared, use --normalize box")
+        raise InputError(f"--normalize none: the samples are normalised by {known[0]}, the references by {known[1]}; these cannot "
+                         f"be compared, use --normalize box")
     if known[0] != known[1]:
-        warn(f"--normalize none: normalisation of the samples: {known[0] or 'unknown'}, of the references: {known[1] or 'unknown'}; if they "
-             f"differ, the figures mean nothing")
+        warn(f"--normalize none: normalisation of the samples: {known[0] or 'unknown'}, of the references: "
+             f"{known[1] or 'unknown'}; if they differ, the figures mean nothing")
     protocol["normalisation"] = f"none: as stored ({known[0] or 'unknown'}, {known[1] or 'unknown'})"
     return smp, ref
 
@@ -640,7 +654,8 @@ def ulip_score(smp, args, device, found, protocol):
                 rows.append(tower(clip.preprocess(torch.from_numpy(images.item(i))[None].clone()).to(device)).cpu())
         pictures = torch.cat(rows).numpy()
     if len(points) != len(pictures):
-        raise InputError(f"ulip_i: {len(points)} clouds and {len(pictures)} pictures; expected one picture for each cloud, in the same order")
+        raise InputError(f"ulip_i: {len(points)} clouds and {len(pictures)} pictures; expected one picture for each cloud, in "
+                         f"the same order")
     protocol["n_ulip"] = len(points)
     return ulip.ulip_score(torch.from_numpy(np.array(points)), torch.from_numpy(np.array(pictures)))
 
@@ -653,7 +668,8 @@ def duration(seconds):
 # Command line
 
 def common_flags(p):
-    p.add_argument("--features", help="module:callable, or a TorchScript file: pictures uint8 (b,3,H,W), clouds float32 (b,P,3) -> (b,d)")
+    p.add_argument("--features", help="module:callable, or a TorchScript file: pictures uint8 (b,3,H,W), clouds float32 (b,P,3) "
+                   "-> (b,d)")
     p.add_argument("--weights", nargs="+", metavar="PATH", help="weight files of the metrics' networks, told apart by their content "
                    "(default: those in the cache; a metric asked for by name downloads what it needs)")
     p.add_argument("--resize", choices=inception.RESIZES, default="tf1", help="of pictures for Inception (default: tf1, ADM's evaluator)")
@@ -709,7 +725,8 @@ def choose(args, domain, real):
     everything = "all" in names
     for name in names:
         if name not in known + ("all",):
-            other = "; that is a metric of " + {"image": "clouds", "points": "pictures"}[domain] if any(name in m for m in METRICS.values()) else ""
+            foreign = any(name in m for m in METRICS.values())
+            other = "; that is a metric of " + {"image": "clouds", "points": "pictures"}[domain] if foreign else ""
             raise InputError(f"--metrics {name}: expected all, or some of {' '.join(known)}{other}")
     if everything:
         names = [n for n in known if n not in (["fd"] * (not args.features) + ["ulip_i"] * (not args.images)
@@ -727,7 +744,8 @@ def choose(args, domain, real):
     if real is not None and not real.count:
         lacking = [n for n in ("precision", "recall") if n in names and "features" not in real.statistics]
         if lacking and (asked and not everything):
-            raise InputError(f"{real.source}: holds statistics alone; precision and recall need its pictures, or a file of evaluate.py stats")
+            raise InputError(f"{real.source}: holds statistics alone; precision and recall need its pictures, or a file of "
+                             f"evaluate.py stats")
         for n in lacking:
             names.remove(n)
         if lacking:
@@ -807,7 +825,8 @@ def main(argv=None):
     found, used = find_weights(sorted(needed), args, download=asked, lenient="all" in (args.metrics or ()))
     lost = needed - set(found)
     pr = {"precision", "recall"} if "inception" in lost and not args.features else set()
-    names = [n for n in names if NETWORK.get(n) not in lost and n not in pr and not (n == "ulip_i" and lost & {"ulip", "bigg"})]
+    names = [n for n in names if NETWORK.get(n) not in lost and n not in pr
+             and not (n == "ulip_i" and lost & {"ulip", "bigg"})]
     needed -= lost
     if not names:
         raise InputError("--metrics all: nothing is left that can be computed without the weights named above")
@@ -856,12 +875,25 @@ def main(argv=None):
     print_table(scores, rows)
     print(f"{protocol['n_fake']} samples of {protocol['fake']} against {protocol['n_real'] or 'the stored statistics'}"
           f"{' items' if protocol['n_real'] else ''} of {protocol['real']}, {duration(time.time() - started)}; protocol in {out}")
-    if rows and domain == "points" and args.emd != "lion" and any(n.endswith("emd") for n in scores):
-        warn(f"--emd {args.emd}: the paper's table is on LION's scale")
-    result = dict(metrics=scores, paper=rows, protocol=dict(protocol, torch=str(torch.__version__), device=str(device), processes=WORLD),
-                  warnings=WARNINGS)
+    if which in TABLE4_REFERENCES:
+        check_table4(which, args, protocol)
+    protocol.update(torch=str(torch.__version__), device=str(device), processes=WORLD)
+    result = dict(metrics=scores, paper=rows, protocol=protocol, warnings=WARNINGS)
     write_atomic(out, lambda f: f.write(json.dumps(result, indent=1).encode()))
     return result
+
+
+# references of LION's files, which Table 4 rests on
+TABLE4_REFERENCES = {("shapenet", "airplane"): 405, ("shapenet", "chair"): 662, ("shapenet", "car"): 352, ("shapenet", "all"): 1000}
+
+
+def check_table4(which, args, protocol):
+    """Loud warnings where clouds are not scored as those of Table 4 were."""
+    if protocol.get("n_real_pairs") not in (None, TABLE4_REFERENCES[which]):
+        warn(f"{protocol['n_real_pairs']} references: the paper's row of {which[1]} is against {TABLE4_REFERENCES[which]}, with as many samples; "
+             f"MMD, COV and 1-NNA depend on the number")
+    if args.emd != "lion" or args.normalize != "box":
+        warn(f"--emd {args.emd} --normalize {args.normalize}: the paper's table is --emd lion --normalize box")
 
 
 NOUN = {"image": "pictures", "points": "clouds"}
@@ -876,7 +908,8 @@ def check_pair(fake, real, names):
         warn(f"{', '.join(frechets)} of {fake.count} samples: published figures are of 50,000"
              + ("; below 10,000 the bias alone is larger than the differences between models" if fake.count < 10_000 else ""))
     if frechets and real.count and real.count < 10_000 and not real.statistics:
-        warn(f"{', '.join(frechets)} against {real.count} real pictures: published references have 10,000 at least, most the whole training set")
+        warn(f"{', '.join(frechets)} against {real.count} real pictures: published references have 10,000 at least, most the "
+             f"whole training set")
     if "is" in names and fake.count < 50_000:
         warn(f"is of {fake.count} samples: published figures are of 50,000, in splits of 5,000")
     if fake.domain == "image" and real.file_type and lossy(fake.file_type) != lossy(real.file_type):
@@ -887,7 +920,8 @@ def stats(argv):
     """python evaluate.py stats: reference statistics of a set of pictures, every one exactly once."""
     p = argparse.ArgumentParser(prog="evaluate.py stats", description=stats.__doc__)
     p.add_argument("--data", required=True, help="directory of pictures, .npz, or a data set of train.py by name")
-    p.add_argument("--out", required=True, help="the .npz to write: ADM's keys, the number of pictures, features for precision and recall")
+    p.add_argument("--out", required=True, help="the .npz to write: ADM's keys, the number of pictures, features for precision "
+                   "and recall")
     p.add_argument("--metrics", nargs="+", choices=[*STATISTICS], help="for which features (default: fid sfid; with --features: fd)")
     common_flags(p)
     args = p.parse_args(argv)
@@ -901,7 +935,8 @@ def stats(argv):
     name, args.data = args.data, None
     real = open_set(name, args, "--data")
     if real.domain != "image" or not real.count:
-        raise InputError(f"--data {name}: holds {'statistics alone' if real.domain == 'image' else 'clouds'}; expected pictures")
+        held = "statistics alone" if real.domain == "image" else "clouds"
+        raise InputError(f"--data {name}: holds {held}; expected pictures")
     real.count = min(real.count, args.n or real.count)
     names = args.metrics or (["fd"] if args.features else ["fid", "sfid"])
     if "fd" in names and not args.features:

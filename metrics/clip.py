@@ -136,7 +136,8 @@ def load(path):
         tower = VisionTransformer(**TOWERS[name])
     own = tower.state_dict()
     wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+              for k in own if k in state and state[k].shape != own[k].shape]
     if wrong:
         raise ValueError(f"{path}: not the weights of {name}: {len(wrong)} entries do not fit: {'; '.join(wrong[:4])}"
                          + ("; ..." if len(wrong) > 4 else ""))

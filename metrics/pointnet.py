@@ -188,8 +188,10 @@ def features(model, clouds, device=None, progress=False):
     with full_float32(), torch.no_grad():
         for i in tqdm(range(0, len(clouds), BATCH), desc="PointNet++", disable=None if progress else True):
             x = torch.as_tensor(clouds[i:i + BATCH]).to(device)
-            usable = x.isfinite().all(2).all(1) & (x.amax(1) > x.amin(1)).any(1)
+            extent = (x.amax(1) - x.amin(1)).amax(1).double()
+            usable = (extent > 1e-15) & (extent < 1e15)          # beyond, float32 has no squares; false for NaN
             if not usable.all():
-                raise ValueError(f"cloud {i + int(usable.int().argmin())}: its points are not finite, or all the same")
+                wrong = int(usable.int().argmin())
+                raise ValueError(f"cloud {i + wrong}: its extent is {extent[wrong]:g}; expected 1e-15..1e15")
             rows.append(model(normalise(x))[0].float().cpu())
     return torch.cat(rows)

@@ -211,6 +211,7 @@ def test_paper_s_figures_stand_beside_ours(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "ASFT-B (Tab. 4)" in text and "3.6310" in text and result["paper"]["ASFT-L (Tab. 4)"]["1nna_cd"] == 50.52
     np.save("other.npy", shapes())
+    assert any("against 662" in w for w in result["warnings"])
     assert run("--fake", "mine.npy", "--real", "other.npy")["paper"] == {}
     assert evaluate.paper_rows(("imagenet256", 256), ["fid"])["ASFT-XL (Tab. 3)"]["fid"] == 3.74
     assert evaluate.paper_rows(("imagenet256", 128), ["fid"]) == {}

@@ -79,9 +79,9 @@ def slow_unit(state, name, x, act=True):
 
 
 def slow_pointnet(state, cloud, position):
-    """One cloud (K,3), group by group: (features, log-probabilities)."""
+    """One cloud (K,3), group by group: features of the three stages' groups, features, log-probabilities."""
     xyz = cloud - cloud.mean(0)
-    xyz, x = xyz / np.sqrt((xyz ** 2).sum(1)).max(), None
+    xyz, x, stages = xyz / np.sqrt((xyz ** 2).sum(1)).max(), None, []
     for stage, count, radius, neighbours in (("sa1", 512, 0.2, 32), ("sa2", 128, 0.4, 64), ("sa3", 1, None, None)):
         if radius is None:
             groups = [np.concatenate([xyz, x], 1)]
@@ -95,9 +95,10 @@ def slow_pointnet(state, cloud, position):
         for i in range(3):
             y = slow_unit(state, (f"{stage}.mlp_convs.{i}", f"{stage}.mlp_bns.{i}"), y)
         x = y.max(1)
+        stages.append(x)
     features = slow_unit(state, ("fc2", "bn2"), slow_unit(state, ("fc1", "bn1"), x[0]), act=False)
     logits = slow_unit(state, ("fc3", None), np.maximum(features, 0), act=False)
-    return features, logits - np.log(np.exp(logits).sum())
+    return *stages, features, logits - np.log(np.exp(logits).sum())
 
 
 def torch_block(block, width=384, heads=6):
@@ -208,14 +209,19 @@ def test_pointnet_has_the_published_keys(net):
 
 
 def test_pointnet_is_the_slow_form(net):
-    """If sampling, grouping, their order, or a layer differs from Point-E's: the second cloud starts at its point 1."""
-    x = clouds(2, 520)
+    """If sampling, grouping, their order, or a layer differs from Point-E's: the second cloud starts at its point 1.
+
+    Stage by stage, because the features of a whole cloud hardly tell how many points a ball keeps."""
+    x, seen = clouds(2, 520), []
+    hooks = [s.register_forward_hook(lambda *args: seen.append(args[2][1])) for s in (net.sa1, net.sa2, net.sa3)]
     features, logs = net(pointnet.normalise(x))
+    for hook in hooks:
+        hook.remove()
     assert features.shape == (2, 512) and logs.shape == (2, 40) and features.min() < 0
     for i in (0, 1):
-        expected, expected_logs = slow_pointnet(net.state_dict(), x[i].double().numpy(), i)
-        close(features[i], expected, 2e-5)
-        close(logs[i], expected_logs, 2e-5)
+        expected = slow_pointnet(net.state_dict(), x[i].double().numpy(), i)
+        for part, slow in zip((*seen, features, logs), expected, strict=True):
+            close(part[i], slow, 2e-5)
 
 
 def test_pointnet_features_know_no_shift_and_scale(net):
@@ -226,6 +232,7 @@ def test_pointnet_features_know_no_shift_and_scale(net):
 
 def test_pointnet_features_start_anew_every_64_clouds(net, monkeypatch):
     """If a cloud's features depend on more than its place in a batch, or a set could not be shared among processes."""
+    assert pointnet.BATCH == 64
     monkeypatch.setattr(pointnet, "BATCH", 2)
     x = clouds(3, 512)
     x[2] = x[1]
@@ -242,13 +249,16 @@ def test_features_leave_precision_as_it_was(module, net, tower):
     seen, model = [], net if module is pointnet else tower
     hook = model.register_forward_pre_hook(lambda *_: seen.append((torch.get_float32_matmul_precision(),
                                                                    torch.backends.cudnn.allow_tf32)))
+    before = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
     try:
         module.features(model, clouds(1, 512))
         assert seen == [("highest", False)]
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
     finally:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = before
         hook.remove()
 
 
@@ -259,11 +269,14 @@ def test_features_refuse_what_is_no_cloud(module, net, tower):
     for shape in ((2, 600), (2, 600, 2), (2, 511, 3)):
         with pytest.raises(ValueError, match=r"^clouds \(2,.*expect[^\n]*$"):
             module.features(model, torch.rand(shape))
-    for value in (float("nan"), float("inf"), 0.1):
+    for change in (float("nan"), float("inf"), 0, 1e-25, 1e20):
         x = clouds(2, 512)
-        x[1] = value
-        with pytest.raises(ValueError, match="^cloud 1: its points are not finite, or all the same$"):
+        x[1] *= change
+        with pytest.raises(ValueError, match="^cloud 1: its extent is [^\n]*; expected 1e-15..1e15$"):
             module.features(model, x)
+    x[1] = 0.1
+    with pytest.raises(ValueError, match="^cloud 1: its extent is 0; expected 1e-15..1e15$"):
+        module.features(model, x)
 
 
 # ---------------------------------------------------------------------------------------------------------

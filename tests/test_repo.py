@@ -133,6 +133,8 @@ def test_no_class_count_is_a_constant(path):
         # model.py's parameter table, times and steps in thousands, and SDE step counts are no class counts
         if path.name == "model.py" and isinstance(node, ast.FunctionDef) and node.name in ("main", "time_features"):
             exempt |= set(ast.walk(node))
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "TABLE4_REFERENCES":      # counts of clouds
+            exempt |= set(ast.walk(node))
         if isinstance(node, ast.keyword) and node.arg in ("sampling_steps", "save_every", "sample_every", "steps"):
             exempt |= set(ast.walk(node))
     for node in ast.walk(code):
