@@ -873,8 +873,9 @@ def main(argv=None):
         which = (args.dataset, args.category or (which or (0, None))[1])
     rows = paper_rows(which, scores)
     print_table(scores, rows)
-    print(f"{protocol['n_fake']} samples of {protocol['fake']} against {protocol['n_real'] or 'the stored statistics'}"
-          f"{' items' if protocol['n_real'] else ''} of {protocol['real']}, {duration(time.time() - started)}; protocol in {out}")
+    reference = f" against {real.count or 'the stored statistics'}{' items' * bool(real.count)} of {real.source}" if real else ""
+    print(f"{fake.count} samples of {fake.source}" if fake else f"features {args.point_features}", end="")
+    print(f"{reference}, {duration(time.time() - started)}; protocol in {out}")
     if which in TABLE4_REFERENCES:
         check_table4(which, args, protocol)
     protocol.update(torch=str(torch.__version__), device=str(device), processes=WORLD)
@@ -901,6 +902,8 @@ NOUN = {"image": "pictures", "points": "clouds"}
 
 def check_pair(fake, real, names):
     """Loud warnings where protocol makes the figures incomparable."""
+    if fake is not None and "is" in names and fake.count < 50_000:
+        warn(f"is of {fake.count} samples: published figures are of 50,000, in splits of 5,000")
     if fake is None or real is None:
         return
     frechets = [n for n in names if n in ("fid", "sfid", "fid_clip")]
@@ -910,8 +913,6 @@ def check_pair(fake, real, names):
     if frechets and real.count and real.count < 10_000 and not real.statistics:
         warn(f"{', '.join(frechets)} against {real.count} real pictures: published references have 10,000 at least, most the "
              f"whole training set")
-    if "is" in names and fake.count < 50_000:
-        warn(f"is of {fake.count} samples: published figures are of 50,000, in splits of 5,000")
     if fake.domain == "image" and real.file_type and lossy(fake.file_type) != lossy(real.file_type):
         warn(f"file types differ: the samples are {fake.file_type}, the reference {real.file_type}; compression alone moves FID")
 
