@@ -9,6 +9,7 @@ samples-STEP.png (upper half EMA weights, lower half raw ones, always the same s
 """
 import argparse
 import copy
+import gc
 import inspect
 import json
 import math
@@ -451,6 +452,8 @@ def main(argv=None):
         print0(f"done at step {step}: {out}/ckpt.pt; sample it with: python sample.py --ckpt {out}")
     if dist.is_initialized():
         dist.barrier()
+        del net                        # it holds the process group in a cycle of references: left to the interpreter's
+        gc.collect()                   # exit, the group's threads may still run when their objects are destroyed
         dist.destroy_process_group()
 
 
