@@ -26,8 +26,10 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 def preprocess(pictures):
     """uint8 (B,H,W,3) -> float32 (B,3,224,224) on the CPU, as CLIP's own transform (torchvision's Resize and CenterCrop of Pillow
     images): the shorter side to 224 by antialiased bicubic, back to uint8, the centre, then mean and deviation."""
-    rows = []
-    for picture in np.asarray(pictures.cpu() if isinstance(pictures, torch.Tensor) else pictures):
+    rows, pictures = [], np.asarray(pictures.cpu() if isinstance(pictures, torch.Tensor) else pictures)
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3 or not len(pictures):
+        raise ValueError(f"pictures are {pictures.dtype} {pictures.shape}: expected uint8 (B,H,W,3)")
+    for picture in pictures:
         h, w = picture.shape[:2]
         size = (SIDE, int(SIDE * h / w)) if w <= h else (int(SIDE * w / h), SIDE)         # (width, height)
         image = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
@@ -136,8 +138,8 @@ def load(path):
         tower = VisionTransformer(**TOWERS[name])
     own = tower.state_dict()
     wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-              for k in own if k in state and state[k].shape != own[k].shape]
+    wrong += [f"{k} is {tuple(getattr(state[k], 'shape', ()))}, expected {tuple(own[k].shape)}"
+              for k in own if k in state and getattr(state[k], "shape", None) != own[k].shape]
     if wrong:
         raise ValueError(f"{path}: not the weights of {name}: {len(wrong)} entries do not fit: {'; '.join(wrong[:4])}"
                          + ("; ..." if len(wrong) > 4 else ""))

@@ -63,6 +63,8 @@ def sqrt_trace(S1, S2):
     singular that of its eigenvectors. In float64; negative eigenvalues are rounding and count as 0. Exact for
     rank-deficient matrices, where sqrtm(S1 S2) is not."""
     S1, S2 = (torch.as_tensor(S).double() for S in (S1, S2))
+    if S1.dim() != 2 or S1.shape[0] != S1.shape[1] or S1.shape != S2.shape:
+        raise ValueError(f"covariances {tuple(S1.shape)}, {tuple(S2.shape)}: expected (d,d) twice")
     L, singular = torch.linalg.cholesky_ex(S1)                         # a tenth of the cost of eigenvectors
     R = L.mT
     if singular:

@@ -23,6 +23,13 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 # ---------------------------------------------------------------------------------------------------------
 # Pictures to inputs: uint8 (B,H,W,3) -> float32 (B,3,299,299). The main source of disagreement between evaluators.
 
+def planes(pictures):
+    """uint8 (B,H,W,3) -> float32 (B,3,H,W) in 0..255. ValueError for anything else: 0..1 would pass unnoticed."""
+    if pictures.dtype != torch.uint8 or pictures.dim() != 4 or pictures.shape[3] != 3:
+        raise ValueError(f"pictures are {pictures.dtype} {tuple(pictures.shape)}: expected uint8 (B,H,W,3)")
+    return pictures.permute(0, 3, 1, 2).float()
+
+
 def tf1_axis(x, dim, size=299):
     """Bilinear along one axis as TensorFlow 1 samples it: source = i * in/out, no half-pixel shift, no antialiasing, the
     upper neighbour clamped to the edge."""
@@ -38,20 +45,20 @@ def tf1_axis(x, dim, size=299):
 
 def resize_tf1(pictures):
     """As ADM's evaluator and torch-fidelity: TensorFlow 1's bilinear, then (x - 128) / 128."""
-    x = pictures.permute(0, 3, 1, 2).float()
+    x = planes(pictures)
     return (tf1_axis(tf1_axis(x, 2), 3) - 128) / 128
 
 
 def resize_pytorch_fid(pictures):
     """As pytorch-fid: half-pixel bilinear without antialiasing, then (x - 127.5) / 127.5."""
-    x = pictures.permute(0, 3, 1, 2).float() / 255
+    x = planes(pictures) / 255
     return 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
 
 
 def resize_clean(pictures):
     """As clean-fid: Pillow's antialiased bicubic per channel in float32, clipped to 0..255, then (x - 128) / 128."""
     channel = lambda c: np.asarray(Image.fromarray(c, mode="F").resize((299, 299), Image.Resampling.BICUBIC))
-    x = np.stack([[channel(c) for c in p.transpose(2, 0, 1).astype(np.float32)] for p in pictures.cpu().numpy()])
+    x = np.stack([[channel(c) for c in p] for p in planes(pictures).cpu().numpy()])
     return (torch.from_numpy(x).clamp(0, 255).to(pictures.device) - 128) / 128
 
 
@@ -212,7 +219,8 @@ def load(path):
         raise ValueError(f"{path}: not a file of tensors ({type(e).__name__}); expected {FILE}") from None
     net = InceptionV3().eval()
     own = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
-    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")} if isinstance(state, dict) else {}
+    state = state if isinstance(state, dict) else {}
+    state = {k: v for k, v in state.items() if not str(k).endswith("num_batches_tracked")}
     wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
     wrong += [f"{k} is {tuple(getattr(state[k], 'shape', ()))}, expected {tuple(own[k].shape)}"
               for k in own if k in state and getattr(state[k], "shape", None) != own[k].shape]
@@ -233,8 +241,10 @@ def inception_score(probs, splits=10):
     probs (N,C), rows that sum to 1 -> (mean, standard deviation with ddof 0) over `splits` equal runs of consecutive items, not
     shuffled, as ADM's evaluator; float64. Raises ValueError for fewer items than splits."""
     probs = torch.as_tensor(probs).double()
-    if probs.dim() != 2 or len(probs) < splits:
+    if probs.dim() != 2 or not 1 <= splits <= len(probs):
         raise ValueError(f"probabilities {tuple(probs.shape)}: an Inception Score of {splits} splits needs (N,C) with N >= {splits}")
+    if not probs.isfinite().all() or probs.min() < 0:
+        raise ValueError("probabilities of the Inception Score must be finite and not negative")
     scores = []
     for p in probs.tensor_split(splits):
         kl = torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))

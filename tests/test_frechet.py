@@ -145,6 +145,8 @@ def test_bad_statistics_are_refused(bad, words):
     """If shapes were broadcast, or NaN went through."""
     with pytest.raises(ValueError, match=words):
         frechet_distance(*bad)
+    with pytest.raises(ValueError, match="expected"):
+        sqrt_trace(np.eye(2), np.eye(3))
 
 
 # --- precision and recall

@@ -69,6 +69,14 @@ def test_resizes_keep_constants_and_scale(name):
         torch.testing.assert_close(row, torch.full_like(row, (value - zero) / step), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("prepare", [*inception.RESIZES.values(), clip.preprocess])
+@pytest.mark.parametrize("bad", [torch.zeros(2, 40, 40, 3), pictures().permute(0, 3, 1, 2), pictures()[0]])
+def test_other_pictures_are_refused(prepare, bad):
+    """If grey levels in 0..1 were scaled as 0..255, or channels taken for rows, and only the score were wrong."""
+    with pytest.raises(ValueError, match=r"expected uint8 \(B,H,W,3\)"):
+        prepare(bad)
+
+
 def test_tf1_resize_of_the_network_s_own_size_is_the_identity():
     """If a picture of 299 pixels were resampled."""
     p = pictures(1, 299, 299)
@@ -143,7 +151,8 @@ def test_files_with_and_without_counters(state, net, tmp_path):
 
 
 @pytest.mark.parametrize("load", [inception.load, clip.load])
-@pytest.mark.parametrize("name", ["missing", "unexpected", "misshapen", "foreign", "truncated", "hostile", "list"])
+@pytest.mark.parametrize("name", ["missing", "unexpected", "misshapen", "number", "int key", "foreign", "truncated",
+                                  "hostile", "list"])
 def test_bad_files_are_named(load, name, state, tmp_path, monkeypatch):
     """If a file that does not fit were used in part, or ended in another error than one line."""
     monkeypatch.chdir(tmp_path)
@@ -157,6 +166,10 @@ def test_bad_files_are_named(load, name, state, tmp_path, monkeypatch):
         key, changed["AuxLogits.conv"] = "AuxLogits.conv", torch.zeros(1)
     elif name == "misshapen":
         changed[key] = torch.zeros(3)
+    elif name == "number":
+        changed[key] = 1.5
+    elif name == "int key":
+        changed[3] = torch.zeros(1)
     torch.save({"foreign": {"a": torch.zeros(2)}, "list": [1, 2], "hostile": {"a": Bomb()}}.get(name, changed), path)
     if name == "truncated":
         path.write_bytes(path.read_bytes()[:100_000])
@@ -190,6 +203,10 @@ def test_splits_are_consecutive_and_not_shuffled():
     assert (mean, std) == (pytest.approx(1.5), pytest.approx(0.5))                              # ddof 0
     with pytest.raises(ValueError, match="N >= 10"):
         inception.inception_score(p[:9])
+    with pytest.raises(ValueError, match="0 splits"):
+        inception.inception_score(p, splits=0)
+    with pytest.raises(ValueError, match="finite"):
+        inception.inception_score(p * math.nan)
 
 
 # --- CLIP
