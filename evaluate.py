@@ -346,7 +346,8 @@ def load_tensors(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # a foreign pickle also draws a warning; the one line below says it all
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # mapped: to tell a checkpoint from clouds, its weights need not be read
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:     # a broken or foreign file raises whatever its bytes provoke
         raise InputError(f"{path}: not a file of tensors ({type(e).__name__}); pickles of anything else are not "
                          f"loaded") from None
@@ -510,7 +511,8 @@ def image_scores(fake, real, names, args, device, networks, protocol):
         subset = set(np.random.default_rng(0).permutation(real.count)[:REAL_FOR_PR].tolist())
     unstored = [n for n in distances if STATISTICS[n][0] not in stored]
     if real is not None and real.count and (unstored or with_pr):
-        reference = extract(real, {k: v for k, v in networks.items()}, unstored, keep, args, device, subset)
+        useful = {NETWORK.get(n, "features") for n in unstored + keep}
+        reference = extract(real, {k: v for k, v in networks.items() if k in useful}, unstored, keep, args, device, subset)
     if RANK:
         return {}
     sums, rows, digest, fake_shape = got
@@ -545,7 +547,7 @@ def image_scores(fake, real, names, args, device, networks, protocol):
     return scores
 
 
-def stack_clouds(items, points=None):
+def stack_clouds(items):
     """All clouds of a Set: float32 (S,P,3)."""
     rows = [items.item(i) for i in range(items.count)]
     for i, row in enumerate(rows):
@@ -797,7 +799,7 @@ def main(argv=None):
     started = time.time()
     device = start_processes(args.device, "gloo")
     torch.backends.cudnn.allow_tf32 = False                            # features in full float32: TF32 moves FID
-    real_source = args.real or (args.dataset if args.dataset else None)
+    real_source = args.real or args.dataset
     if args.fake is None and not args.point_features:
         raise InputError("--fake is missing: the samples (a directory or file), or a checkpoint to draw them from")
     real = open_set(real_source, args, "--real") if real_source else None

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import model as asft
 from data import InputError, encode_image
+from metrics.weights import sha256
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -394,9 +395,12 @@ def read_record(out):
 
 def begin_samples(out, record):
     """Writes out/samples.json before the first sample. Samples of the same setting that are there already are kept, those of
-    another are removed, so that no two settings are mixed."""
+    another, and files of their names that no record tells of, are removed, so that no two settings are mixed."""
     old = read_record(out)
-    if old is not None:
+    if old is None:
+        for sample in record["samples"]:
+            (out / sample["file"]).unlink(missing_ok=True)
+    else:
         own = {key: record[key] for key in record if key not in ("n", "nfe", "complete", "samples", *HOW_CUT)}
         if json.loads(json.dumps(own)) == {key: old.get(key) for key in own}:
             if len(old["samples"]) > len(record["samples"]):
@@ -437,15 +441,6 @@ def write_adm_npz(path, pictures, shape, labels):
         if labels is not None:
             with archive.open("arr_1.npy", "w") as f:
                 np.lib.format.write_array(f, np.asarray(labels), allow_pickle=False)
-
-
-def sha256(path):
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2 ** 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_ply(path, points):

@@ -440,3 +440,12 @@ def test_copies_agree(name):
     """If what both files keep a copy of, to stand alone, drifts apart."""
     body = lambda module: inspect.getsource(inspect.unwrap(getattr(module, name))).split('"""')[2]
     assert body(pointnet) == body(ulip)
+
+
+def test_copies_in_files_that_stand_alone_are_the_same():
+    """If what pointnet.py and ulip.py each carry, to work alone, drifted apart."""
+    for name in ("full_float32", "gather"):
+        assert inspect.getsource(getattr(pointnet, name)) == inspect.getsource(getattr(ulip, name))
+    x = torch.rand(2, 50, 3)
+    assert torch.equal(pointnet.normalise(x), ulip.normalise(x))
+    assert torch.equal(pointnet.squared_distances(x, x), ulip.squared_distances(x, x))

@@ -593,6 +593,13 @@ def test_a_rerun_keeps_what_is_finished(tmp_path, glyphs_run, capsys):
     assert json.loads((tmp_path / "samples.json").read_text()) == record
 
 
+def test_files_without_a_record_are_not_taken_for_samples(tmp_path, glyphs_run):
+    """If a foreign picture that bears a sample's name were kept as a finished sample."""
+    (tmp_path / "000000.png").write_bytes(b"foreign")
+    sample.main(["--ckpt", str(glyphs_run), "--steps", "2", "--n", "2", "--out", str(tmp_path)])
+    assert Image.open(tmp_path / "000000.png").size == (32, 32)
+
+
 def test_processes_share_the_samples(tmp_path, glyphs_run):
     """If another number of processes drew other samples, drew one twice, or wrote another number of files (row 21)."""
     common = ["--ckpt", str(glyphs_run), "--samples", "7", "--steps", "2", "--batch", "2", "--npz"]
