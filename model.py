@@ -179,8 +179,9 @@ class Attention(nn.Module):
         q = self.q_norm(self.split(self.q(x)).float())                   # (B, H, M, d)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        if x.device.type == "cpu" and x.requires_grad:
-            # on a CPU the fused kernel's backward pass is 2 to 4 times faster in float32 than in bfloat16
+        if x.device.type == "cpu" and x.requires_grad and k.shape[2] < 256:
+            # a CPU's fused kernel, backward pass included, is up to twice as fast in float32 with so few keys; with
+            # 1024 of them bfloat16 is the faster one, by a third
             with torch.autocast("cpu", enabled=False):
                 x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
         else:
@@ -217,10 +218,13 @@ class Block(nn.Module):
     def keys_values(self, memory):
         return self.attention.keys_values(self.memory_norm(memory))
 
-    def forward(self, x, c, memory=None, tokens=None, rope=None):
-        """x (B, N, D), c (B, D) condition, memory: keys and values, tokens (B, T, D)."""
-        shift, scale, gate, shift2, scale2, gate2, *third = self.modulation(F.silu(c))[:, None].chunk(
-            6 if self.token_attention is None else 9, -1)                # each (B, 1, D)
+    def modulations(self, c):
+        """Shift, scale and gate of every layer from the condition c (B, D): 6 or 9 tensors (B, 1, D)."""
+        return self.modulation(F.silu(c))[:, None].chunk(6 if self.token_attention is None else 9, -1)
+
+    def forward(self, x, modulations, memory=None, tokens=None, rope=None):
+        """x (B, N, D), memory: keys and values, tokens (B, T, D)."""
+        shift, scale, gate, shift2, scale2, gate2, *third = modulations
         h = modulate(x, shift, scale)
         x = torch.addcmul(x, gate, self.attention(h, *(memory or self.attention.keys_values(h)), rope))
         if self.token_attention is not None:
@@ -236,7 +240,12 @@ class WindowEncoder(nn.Module):
     Absorbed form. The query q_l is the same for every image of the batch, so the key and value projections need
     not touch the pixels: score(l, n) = (W_k^T q_l) . x_n, where a key bias would shift all scores of a latent
     alike and cancel, and out_l = W_v (sum_n a_ln x_n) + b_v. Same function as the plain form to rounding; at
-    256 x 256 it saves B 150 of 496 forward GFLOP, and no N x 2D key/value tensor is stored."""
+    256 x 256 it saves B 150 of 496 forward GFLOP, and no N x 2D key/value tensor is stored.
+
+    Windows are read some at a time and in training once more in the backward pass, so that no N x D tensor is
+    stored either: at 256 x 256 one of XL in bfloat16 is 151 MB a picture, while reading costs 2 % of the FLOPs."""
+
+    AT_A_TIME = {"cpu": 2 ** 21, "cuda": 2 ** 28}      # numbers of the embedded pairs; a CPU keeps them in its cache
 
     def __init__(self, width, heads):
         super().__init__()
@@ -247,23 +256,47 @@ class WindowEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.mlp = MLP(width, width)
 
-    def forward(self, latents, x):
-        """latents (L, D), x (L, B, n, D): the pairs of every window, latent first -> (B, L, D)."""
-        L, B, n, D = x.shape
-        H, d = self.heads, D // self.heads
-        q = self.q(latents).view(L, H, d) * d ** -0.5
-        q = torch.einsum("lhd,hdc->lch", q, self.k.weight.view(H, d, D).to(q.dtype))           # (L, D, H)
-        attn = torch.bmm(x.flatten(1, 2), q).view(L, B, n, H).softmax(2)                       # (L, B, n, H)
-        x = torch.matmul(attn.transpose(2, 3).to(x.dtype), x)                                  # (L, B, H, D)
-        x = torch.einsum("lbhc,hdc->blhd", x, self.v.weight.view(H, d, D).to(x.dtype))         # (B, L, H, d)
-        return self.mlp(self.norm(x.flatten(2) + self.v.bias))                                 # (B, L, D)
+    def pool(self, q, values, embed):
+        """Attention of l latents, absorbed queries q (l, D, H), to values (l, B, n, 3) -> (B, l, D)."""
+        l, B, n, _ = values.shape
+        x = embed(values)                                                                      # (l, B, n, D)
+        attn = torch.bmm(x.flatten(1, 2), q).view(l, B, n, -1).softmax(2)                      # (l, B, n, H)
+        x = torch.matmul(attn.transpose(2, 3).to(x.dtype), x)                                  # (l, B, H, D)
+        return torch.einsum("lbhc,hdc->blhd", x, self.v.weight.view(self.heads, -1, x.shape[-1]).to(x.dtype)).flatten(2)
+
+    def forward(self, latents, values, embed):
+        """latents (L, D), values (L, B, n, 3): the pairs of every window, latent first; embed: values (..., 3) of a
+        window's pairs in order -> (..., D). Returns (B, L, D)."""
+        (L, B, n, _), D, H = values.shape, latents.shape[-1], self.heads
+        q = self.q(latents).view(L, H, -1) * (D // H) ** -0.5
+        q = torch.einsum("lhd,hdc->lch", q, self.k.weight.view(H, -1, D).to(q.dtype))          # (L, D, H)
+        some = max(1, self.AT_A_TIME.get(values.device.type, 2 ** 28) // (B * n * D))
+        pool = self.pool
+        if some < L and torch.is_grad_enabled():
+            pool = lambda *args: checkpoint(self.pool, *args, use_reentrant=False, preserve_rng_state=False)
+        x = torch.cat([pool(*part, embed) for part in zip(q.split(some), values.split(some))], 1)
+        return self.mlp(self.norm(x + self.v.bias))                                            # (B, L, D)
 
 
 class Stem(nn.Sequential):
-    """Value stem: Linear, LayerNorm, SiLU."""
+    """Value stem: Linear, LayerNorm, SiLU.
+
+    In closed form: the Linear, less its mean over the channels, is an affine map W (y, 1) of a few numbers, so the
+    LayerNorm's variance is their quadratic form (y, 1) W^T W (y, 1)^T / D, and the Linear of y / std is normal at once.
+    This spares what is slow and large in a LayerNorm of so many pairs: two passes over (..., D), and its copy for the
+    backward pass. In float32 throughout, since the values carry the noise."""
 
     def __init__(self, channels, width):
         super().__init__(nn.Linear(channels, width), nn.LayerNorm(width), nn.SiLU())
+
+    def forward(self, y):
+        linear, norm, activation = self
+        with torch.autocast("cpu" if y.is_meta else y.device.type, enabled=False):
+            W = torch.cat([linear.weight, linear.bias[:, None]], 1)                            # (D, d_y + 1)
+            W = W - W.mean(0)
+            y = F.pad(y.float(), (0, 1), value=1.0)                                            # (..., d_y + 1)
+            variance = ((y @ (W.T @ W / len(W))) * y).sum(-1, keepdim=True)                    # (..., 1)
+            return activation(F.linear(y * (variance + norm.eps).rsqrt(), norm.weight[:, None] * W, norm.bias))
 
 
 class PointEmbedding(nn.Module):
@@ -296,9 +329,9 @@ def repeat_to(x, B):
 # The model
 
 class ASFT(nn.Module):
-    """Velocity network for images and for point clouds. `forward` = `encode`, `keys_values`, `decode`.
+    """Velocity network for images and for point clouds. `forward` = `encode`, `memory`, `decode`.
 
-    A sampler calls `encode` and `keys_values` once per step and `decode` as often as it has chunks of queries.
+    A sampler calls `encode` and `memory` once per step and `decode` as often as it has chunks of queries.
     The batch of t, label, tokens and drop may be a multiple of the batch of values: what does not see the
     condition is then computed once and shared (guidance)."""
 
@@ -416,7 +449,7 @@ class ASFT(nn.Module):
             order = morton_code(values).argsort(dim=1, stable=True)
             values = values.gather(1, order[..., None].expand_as(values))
             values = values.view(b, cfg.latents, -1, 3).transpose(0, 1)                  # (L, b, n, 3)
-            return self.encoder(self.latents, self.stem(values)) + self.stem(values.mean(2)).transpose(0, 1), None
+            return self.encoder(self.latents, values, self.stem) + self.stem(values.mean(2)).transpose(0, 1), None
         side = math.isqrt(cfg.latents)
         centres = fourier(image_coords(side, device=values.device), self.freqs)          # (L, D)
         values = self.windows(coords, values)                                            # (L, b, n, 3)
@@ -424,7 +457,7 @@ class ASFT(nn.Module):
             latents = self.patch_out(self.latents + self.patch(values.transpose(0, 1).flatten(2)))
         else:
             inside = fourier(image_coords(cfg.res // side, device=values.device), self.freqs)    # (n, D)
-            latents = self.encoder(self.latents + centres, self.stem(values) + inside)
+            latents = self.encoder(self.latents + centres, values, lambda y: self.stem(y) + inside)
         return latents + centres, None                                                   # (b, L, D)
 
     def encode(self, coords, values, t, label=None, tokens=None, drop=None):
@@ -443,38 +476,45 @@ class ASFT(nn.Module):
             memory = None
             if block.memory_norm is not None:
                 memory = tuple(repeat_to(z, len(c)) for z in block.keys_values(context))
-            x = self.run(block, x, c, memory, tokens, rope)
+            x = self.run(block, x, block.modulations(c), memory, tokens, rope)
             if depth in self.level_ends:
                 levels.append(x)
         return levels
 
-    def keys_values(self, levels):
-        """Keys and values of the latents for every decoder block: a list of K pairs (B, H, L, d)."""
-        return [block.keys_values(latents) for block, latents in zip(self.decoder, levels)]
+    def memory(self, levels, t, label=None, drop=None):
+        """All that decoding needs besides the queries, had once for all of them: for every decoder block its
+        modulations and the latents' keys and values (B, H, L, d), and the head with its modulation folded in, since
+        W ((1 + scale) x + shift) + b = (W (1 + scale)) x + (W shift + b): weight (B, 2D, 3) and bias (B, 1, 3)."""
+        c = self.condition(t, label, drop)                                               # (B, D)
+        blocks = []
+        for block, latents in zip(self.decoder, levels):
+            k, v = block.keys_values(latents)
+            blocks.append((block.modulations(c), (k.to(v.dtype), v)))
+        shift, scale = self.head_modulation(F.silu(c))[:, None].chunk(2, -1)             # (B, 1, 2D) each
+        return blocks, ((self.head.weight * (1 + scale)).mT, self.head(shift))
 
-    def decode(self, memory, coords, values, t, label=None, drop=None):
+    def decode(self, memory, coords, values):
         """Velocity at M queries, each on its own: (B, M, 3), in the units of the values.
 
-        memory from `keys_values`; coords (M, 2) or (B, M, 2), None for points; values (B, M, 3)."""
+        memory from `memory`; coords (M, 2) or (B, M, 2), None for points; values (B, M, 3), of which B may be a part."""
         if values.dim() != 3 or values.shape[-1] != 3:
             raise ValueError(f"query values must have shape (B, M, 3), not {tuple(values.shape)}")
-        c = self.condition(t, label, drop)                                               # (B, D)
+        blocks, (weight, bias) = memory
         if self.cfg.domain == "image":
             stem = self.query_stem(values)                                               # (b, M, D)
             x = stem + fourier(coords, self.freqs)                                       # (b, M, D)
         else:
             stem, x = self.query_values(values), self.query_stem(values)
-        x, stem = repeat_to(x, len(c)), repeat_to(stem, len(c))                          # (B, M, D)
-        for block, kv in zip(self.decoder, memory):
-            x = self.run(block, x, c, kv)
-        shift, scale = self.head_modulation(F.silu(c))[:, None].chunk(2, -1)             # (B, 1, 2D)
-        return self.head(modulate(torch.cat([x, stem.to(x.dtype)], -1), shift, scale))   # (B, M, 3)
+        x, stem = repeat_to(x, len(bias)), repeat_to(stem, len(bias))                    # (B, M, D)
+        for block, (modulations, kv) in zip(self.decoder, blocks):
+            x = self.run(block, x, modulations, kv)
+        x = torch.cat([x, stem.to(x.dtype)], -1)                                         # (B, M, 2D)
+        return torch.baddbmm(bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), weight)      # (B, M, 3)
 
     def forward(self, coords, values, query_coords, query_values, t, label=None, tokens=None, drop=None):
         """Velocities (B, M, 3) at the queries given the context; shapes as in `encode` and `decode`."""
         levels = self.encode(coords, values, t, label, tokens, drop)                     # K x (B, L, D)
-        memory = self.keys_values(levels)                                                # K x 2 x (B, H, L, d)
-        return self.decode(memory, query_coords, query_values, t, label, drop)           # (B, M, 3)
+        return self.decode(self.memory(levels, t, label, drop), query_coords, query_values)       # (B, M, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -265,12 +265,13 @@ class Velocity:
         label, tokens = (None if z is None else z.repeat(halves, *[1] * (z.dim() - 1)) for z in (self.label, self.tokens))
         drop = torch.arange(B * halves, device=x.device) >= B if self.guided else None
         at = lambda cut: None if self.coords is None else self.coords[cut]
-        memory = self.model.keys_values(self.model.encode(at(slice(N)), x[:, :N], t, label, tokens, drop))
+        levels = self.model.encode(at(slice(N)), x[:, :N], t, label, tokens, drop)
+        memory = self.model.memory(levels, t, label, drop)
         out = torch.empty_like(x)
         m = max(1, self.chunk // B)
         for i in range(0, x.shape[1], m):
             cut = slice(i, i + m)
-            v = self.model.decode(memory, at(cut), x[:, cut], t, label, drop).float()
+            v = self.model.decode(memory, at(cut), x[:, cut]).float()
             if self.guided:
                 cond, null = v.chunk(2)
                 v = null + self.guidance * (cond - null)

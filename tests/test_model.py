@@ -93,9 +93,82 @@ def test_attention_weights_of_the_window_encoder_matter():
     torch.manual_seed(0)
     encoder = asft.WindowEncoder(32, 4)
     latents, x = 3 * torch.randn(5, 32), 3 * torch.randn(5, 2, 16, 32)
-    close(encoder(latents, x), plain_window_encoder(encoder, latents, x, 0))
+    got = encoder(latents, x, lambda x: x)                                    # pairs that are embedded already
+    close(got, plain_window_encoder(encoder, latents, x, 0))
     flat = encoder.mlp(encoder.norm(encoder.v(x.mean(2)).transpose(0, 1)))
-    assert (encoder(latents, x) - flat).abs().max() > 0.1
+    assert (got - flat).abs().max() > 0.1
+
+
+def gradients(model, **z):
+    model.zero_grad()
+    asft.cicfm_loss(model, **z).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("variant", ["spatial", "hash", "tokens"])
+def test_reading_windows_some_at_a_time_changes_nothing(variant, monkeypatch):
+    """If a part of the windows, or its second reading in the backward pass, met other queries or pairs; and if the
+    first reading kept its pairs, it would not be read again."""
+    model = tiny(variant)
+    z, calls = loss_inputs(model), []
+    with torch.no_grad():
+        whole = model.read(z["coords"], z["x0"])[0]
+    expected = gradients(model, **z)
+    monkeypatch.setattr(asft.WindowEncoder, "AT_A_TIME", {"cpu": 5 * z["x0"][0, :, 0].numel() // 16 * 2 * 32})  # 5 of 16
+    pool = model.encoder.pool
+    monkeypatch.setattr(model.encoder, "pool", lambda q, *rest: calls.append(len(q)) or pool(q, *rest))
+    with torch.no_grad():
+        close(model.read(z["coords"], z["x0"])[0], whole)
+    assert calls == [5, 5, 5, 1]
+    got = gradients(model, **z)
+    assert len(calls) == 12 and sorted(calls[8:]) == [1, 5, 5, 5]
+    assert got.keys() == expected.keys()
+    for name in got:
+        assert torch.allclose(got[name], expected[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_value_stem_in_closed_form_equals_its_layers():
+    """If the affine map, its mean, variance or eps were not those of Linear, LayerNorm, SiLU in a row; gradients too."""
+    torch.manual_seed(0)
+    for size in (1e-3, 1.0, 30.0):
+        stem, y = asft.Stem(3, 48), size * torch.randn(5, 7, 3)
+        for p in stem.parameters():
+            torch.nn.init.normal_(p, std=0.5)
+        results = []
+        for out in (stem(y), torch.nn.Sequential(*stem)(y)):
+            stem.zero_grad()
+            out.square().sum().backward()
+            results.append([out.detach(), *(p.grad.clone() for p in stem.parameters())])
+        for got, expected in zip(*results):
+            assert torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max()), size
+
+
+def plain_decode(model, levels, coords, values, t, label):
+    """decode with nothing had once, shared or folded: every modulation, and LayerNorm, scale and shift in the head."""
+    c = model.condition(t, label, None)
+    stem = torch.nn.Sequential(*model.query_stem)(values)
+    x = stem + asft.fourier(coords, model.freqs)
+    for block, latents in zip(model.decoder, levels):
+        a = block.attention
+        shift, scale, gate, shift2, scale2, gate2 = block.modulation(F.silu(c))[:, None].chunk(6, -1)
+        h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        k, v = a.kv(block.memory_norm(latents)).chunk(2, -1)
+        scores = a.q_norm(a.split(a.q(h))) @ a.k_norm(a.split(k)).mT / math.sqrt(x.shape[-1] / a.heads)
+        x = x + gate * a.out((scores.softmax(-1) @ a.split(v)).transpose(1, 2).flatten(2))
+        x = x + gate2 * block.mlp(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2)
+    x = torch.cat([x, stem], -1)
+    shift, scale = model.head_modulation(F.silu(c))[:, None].chunk(2, -1)
+    return model.head(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("variant", ["spatial", "levels"])
+def test_decoder_equals_its_plain_form(variant):
+    """If a modulation had once per step, or the one folded into the head, were another than the layer's own."""
+    model = tiny(variant)
+    z = inputs(model)
+    with torch.no_grad():
+        levels = model.encode(z["coords"], z["values"], z["t"], z["label"])
+        close(model(**z), plain_decode(model, levels, z["query_coords"], z["query_values"], z["t"], z["label"]))
 
 
 # --- presets
@@ -258,12 +331,13 @@ def test_encode_and_chunked_decode_equal_forward(variant):
     model = tiny(variant)
     z = inputs(model)
     with torch.no_grad():
-        memory = model.keys_values(model.encode(z["coords"], z["values"], z["t"], z["label"], z["tokens"]))
-        assert len(memory) == model.cfg.levels
+        levels = model.encode(z["coords"], z["values"], z["t"], z["label"], z["tokens"])
+        memory = model.memory(levels, z["t"], z["label"])
+        assert len(levels) == len(memory[0]) == model.cfg.levels
         parts = []
         for cut in (slice(0, 3), slice(3, 4), slice(4, 10)):
             coords = None if z["query_coords"] is None else z["query_coords"][:, cut]
-            parts.append(model.decode(memory, coords, z["query_values"][:, cut], z["t"], z["label"]))
+            parts.append(model.decode(memory, coords, z["query_values"][:, cut]))
         close(torch.cat(parts, 1), model(**z))
 
 
@@ -303,7 +377,7 @@ def test_initial_output_and_gates_are_zero(variant):
     c, x = torch.randn(2, 32), torch.randn(2, 7, 32)
     block = model.trunk[-1]
     if block.memory_norm is None and block.token_attention is None:
-        assert torch.equal(block(x, c), x)
+        assert torch.equal(block(x, block.modulations(c)), x)
 
 
 # --- paths and loss
