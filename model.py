@@ -98,14 +98,16 @@ def check(cfg):
 # ---------------------------------------------------------------------------------------------------------
 # Coordinates
 
-def image_coords(height, width=None, device=None):
-    """Pixel centres ((j+.5)/width, (i+.5)/height) in row-major order: (height*width, 2), float32, in [0, 1].
+def image_coords(height, width=None, device=None, box=None):
+    """Pixel centres ((j+.5)/width, (i+.5)/height) in row-major order: (height*width, 2), float32, in [0, 1]; with a box
+    (x0, y0, x1, y1) those of its pixels alone.
 
     Centres, not corners: with corner-aligned coordinates the picture shifts when the resolution changes."""
     width = width or height
-    y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
-    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
-    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).reshape(-1, 2)
+    x0, y0, x1, y1 = box or (0, 0, width, height)
+    y = (torch.arange(y0, y1, device=device, dtype=torch.float32) + 0.5) / height
+    x = (torch.arange(x0, x1, device=device, dtype=torch.float32) + 0.5) / width
+    return torch.stack([x.expand(len(y), len(x)), y[:, None].expand(len(y), len(x))], -1).reshape(-1, 2)
 
 
 def image_freqs(res, width):

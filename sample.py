@@ -3,21 +3,26 @@
 The encoder always sees the training-resolution context: a grid (or a set of points) of its own noise, which is
 integrated along with the queries. Queries are any other coordinates with their own Gaussian start; they never
 feed back into the latents, so one seed gives the same content at every resolution, cost is linear in the number
-of queries, and memory is bounded by decoding them in chunks.
+of queries, and memory is bounded: queries are decoded in chunks, and large pictures drawn in bands of rows, each
+of which integrates the small context anew. The noise of a query is a function of (seed, sample, size, its tile of
+the picture, step), so neither batch, chunk, band, crop nor number of processes changes a sample beyond rounding.
 
 Alphabet and conventions are those of model.py: B batch, N context pairs, M queries; time runs from t = 1 (noise)
 to t = 0 (data); the state x is (B, N, 3), or (B, N + M, 3) where queries beyond the context are asked for.
 """
 import argparse
+import ctypes
 import hashlib
 import json
 import math
 import os
 import re
+import struct
 import sys
 import time
 import warnings
 import zipfile
+import zlib
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import model as asft
@@ -48,6 +53,8 @@ def start_processes(device, backend=None):
     """The device of this process; joins the process group where torchrun set one up. LOCAL_RANK picks the device,
     RANK the share of the work."""
     device = pick_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -63,6 +70,15 @@ def start_processes(device, backend=None):
     return device
 
 
+def keep_freed_memory():
+    """Lets glibc use freed memory again, where it would hand every large tensor's pages back to the kernel, which then
+    fills them with zeros one by one: a quarter of a training step of B at 256 on a CPU. Elsewhere: does nothing."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                          # malloc.h
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
 def wait_for_all():
     """Returns once every process is here."""
     if dist.is_initialized():
@@ -72,9 +88,10 @@ def wait_for_all():
 # ---------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def read_checkpoint(path):
+def read_checkpoint(path, mmap=False):
     """The checkpoint dict of a file, or of a run directory's ckpt.pt, as train.py writes it: tensors and JSON-like
-    values only, read with weights_only=True, on the CPU. Raises InputError naming the path."""
+    values only, read with weights_only=True, on the CPU; with mmap a tensor is read when it is used, so that a sampler
+    never holds the optimizer's. Raises InputError naming the path."""
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
@@ -82,7 +99,7 @@ def read_checkpoint(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # a foreign pickle also draws a warning; the one line below says it all
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)
+            ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:     # a broken file raises whatever its bytes provoke: zip, pickle, EOF, key errors
         raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}); "
                          f"expected a ckpt.pt written by train.py") from e
@@ -132,9 +149,9 @@ def newest_checkpoint(runs="runs"):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Randomness: a function of (seed, sample index, purpose, block of queries), never of batch or chunk
+# Randomness: a function of (seed, sample, purpose, size, tile of queries, step), never of batch, chunk or crop
 
-BLOCK = 4096
+RUN, TILE = 4096, 64      # points share a generator in runs, the pixels of a picture in square tiles: a crop meets few
 
 
 def generator(*key, device="cpu"):
@@ -143,10 +160,23 @@ def generator(*key, device="cpu"):
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def gaussian(count, *key):
-    """Standard normal (count, 3), drawn on the CPU block by block, so that any device and any part gets the same."""
-    blocks = range(0, count, BLOCK)
-    return torch.cat([torch.randn(min(BLOCK, count - i), 3, generator=generator(*key, i // BLOCK)) for i in blocks])
+def gaussian(part, *key):
+    """Standard normal (M, 3) of the queries in `part`: a run (start, stop) of points, or a box (x0, y0, x1, y1) of pixels,
+    row by row. Always drawn on the CPU, so that any device and any part of the whole gets the same."""
+    if len(part) == 2:
+        start, stop = part
+        tiles = range(start // RUN, math.ceil(stop / RUN))
+        noise = [torch.randn(RUN, 3, generator=generator(*key, i)) for i in tiles]
+        return torch.cat(noise)[start - tiles[0] * RUN:][:stop - start]
+    x0, y0, x1, y1 = part
+    noise = torch.empty(y1 - y0, x1 - x0, 3)
+    for i in range(y0 // TILE, math.ceil(y1 / TILE)):
+        for j in range(x0 // TILE, math.ceil(x1 / TILE)):
+            tile = torch.randn(TILE, TILE, 3, generator=generator(*key, i, j))
+            top, left = max(y0, i * TILE), max(x0, j * TILE)
+            tile = tile[top - i * TILE:y1 - i * TILE, left - j * TILE:x1 - j * TILE]
+            noise[top - y0:top - y0 + len(tile), left - x0:left - x0 + tile.shape[1]] = tile
+    return noise.flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -249,10 +279,11 @@ class Velocity:
     """Guided velocity v_null + g (v_cond - v_null) of a state whose first N pairs are the context.
 
     Calls the encoder once per evaluation and the decoder in chunks; guidance 1 runs the conditional pass alone.
-    `calls` counts evaluations (NFE); a guided one is two passes through the trunk."""
+    `calls` counts evaluations (NFE); a guided one is two passes through the trunk. progress(share): called with the
+    share of an evaluation that a chunk was."""
 
-    def __init__(self, model, coords, label=None, tokens=None, guidance=1.0, chunk=None, context=None):
-        self.model, self.coords, self.guidance = model, coords, guidance
+    def __init__(self, model, coords, label=None, tokens=None, guidance=1.0, chunk=None, context=None, progress=None):
+        self.model, self.coords, self.guidance, self.progress = model, coords, guidance, progress
         # a CPU is fastest while a chunk's activations stay in its cache, a GPU when it is filled
         self.chunk = chunk or (4096 if model.latents.device.type == "cpu" else 65536)
         self.label, self.tokens, self.context, self.calls = label, tokens, context, 0
@@ -276,41 +307,65 @@ class Velocity:
                 cond, null = v.chunk(2)
                 v = null + self.guidance * (cond - null)
             out[:, cut] = v
+            if self.progress is not None:
+                self.progress(v.shape[1] / x.shape[1])
         return out
 
 
 @torch.no_grad()
 def generate(model, indices, seed=0, size=None, label=None, tokens=None, guidance=1.0, solver="euler", steps=100,
-             chunk=None, path="linear", diffusion="sigma", progress=None):
+             chunk=None, path="linear", diffusion="sigma", part=None, progress=None):
     """Samples `indices` of a seed: (B, M, 3) float32 on the model's device, and the NFE.
 
-    size: (height, width) of images, a number of points, or None for the size trained on. Sample i depends on
-    (seed, i, size) alone. label (B,) int64, tokens (B, T, token_dim). progress(): called once per evaluation."""
+    size: (height, width) of images, a number of points, or None for the size trained on; part: a box (x0, y0, x1, y1) of
+    its pixels, or a run (start, stop) of its points, None for all. A query of sample i depends on (seed, i, size) and its
+    place alone. label (B,) int64, tokens (B, T, token_dim). progress(share of an evaluation): called chunk by chunk."""
     cfg, device = model.cfg, model.latents.device
     image = cfg.domain == "image"
-    trained = (cfg.res, cfg.res) if image else cfg.points
-    size = trained if size in (None, trained) else size
     N = cfg.res ** 2 if image else cfg.points
-    M = 0 if size == trained else math.prod(size) if image else size
+    trained = (cfg.res, cfg.res) if image else cfg.points
+    size = trained if size is None else tuple(size) if image else size
+    whole = (0, 0, size[1], size[0]) if image else (0, size)
+    part = whole if part is None else tuple(part)
 
-    def noise(*key):
-        start = [torch.stack([gaussian(N, seed, i, "context", *key) for i in indices])]
-        if M:
-            start.append(torch.stack([gaussian(M, seed, i, size, *key) for i in indices]))
-        return torch.cat(start, 1).to(device)                          # (B, N + M, 3)
+    def noise(*key):                                                   # (B, N, 3), or (B, N + M, 3)
+        start = [torch.stack([gaussian((0, N), seed, i, "context", *key) for i in indices])]
+        if size != trained:
+            start.append(torch.stack([gaussian(part, seed, i, size, *key) for i in indices]))
+        return torch.cat(start, 1).to(device)
 
-    coords = torch.cat([asft.image_coords(cfg.res)] + [asft.image_coords(*size)] * (M > 0)).to(device) if image else None
-    velocity = Velocity(model, coords, label, tokens, guidance, chunk, context=N)
-
-    def stepped(x, t):
-        v = velocity(x, t)
-        if progress is not None:
-            progress()
-        return v
-
-    x = SOLVERS[solver](stepped, noise("start"), steps, control=N, noise=lambda i: noise("sde", i), path=path,
+    coords = None
+    if image:
+        coords = [asft.image_coords(cfg.res)] + [asft.image_coords(*size, box=part)] * (size != trained)
+        coords = torch.cat(coords).to(device)
+    velocity = Velocity(model, coords, label, tokens, guidance, chunk, N, progress)
+    x = SOLVERS[solver](velocity, noise("start"), steps, control=N, noise=lambda i: noise("sde", i), path=path,
                         diffusion=diffusion)
-    return (x[:, N:] if M else x), velocity.calls
+    if size != trained:
+        x = x[:, N:]
+    elif part != whole and image:
+        x = x.unflatten(1, size)[:, part[1]:part[3], part[0]:part[2]].flatten(1, 2)
+    elif part != whole:
+        x = x[:, slice(*part)]
+    return x, velocity.calls
+
+
+def zoom(part_of, size, at, views=4, finer=4):
+    """Pictures (H, W, 3) of one sample around the point `at` (x, y in [0, 1]), each `finer` times finer than the one before,
+    with the frame of the next in it. part_of(size, box) draws a box of the sample at a size: uint8."""
+    pictures = []
+    for level in range(views):
+        scale = finer ** level
+        (H, W), full = size, tuple(scale * side for side in size)
+        x0, y0 = (min(max(round(a * big - side / 2), 0), big - side) for a, big, side in zip(at, full[::-1], size[::-1]))
+        picture = Image.fromarray(part_of(full, (x0, y0, x0 + W, y0 + H)))
+        if level + 1 < views:
+            w, h = W // finer, H // finer
+            x, y = (min(max(round(a * big - inner / 2), 0), big - inner) - corner
+                    for a, big, inner, corner in zip(at, full[::-1], (w, h), (x0, y0)))
+            ImageDraw.Draw(picture).rectangle((x - 1, y - 1, x + w, y + h), outline="red")
+        pictures.append(np.asarray(picture))
+    return pictures
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -394,24 +449,37 @@ def read_record(out):
         raise InputError(f"{path}: not written by sample.py ({type(e).__name__}); give another directory") from e
 
 
+def remove_sample(out, name):
+    """Removes all files of the sample that samples.json calls `name`."""
+    stem = (out / name).with_suffix("")
+    for suffix in (".png", ".npy", ".ply", "-preview.png"):
+        stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+    remove_parts(stem)
+
+
+def remove_parts(stem):
+    for part in stem.with_name(stem.name + ".parts").glob("*-*.*"):
+        part.unlink()
+    if stem.with_name(stem.name + ".parts").is_dir():
+        stem.with_name(stem.name + ".parts").rmdir()
+
+
 def begin_samples(out, record):
     """Writes out/samples.json before the first sample. Samples of the same setting that are there already are kept, those of
     another, and files of their names that no record tells of, are removed, so that no two settings are mixed."""
     old = read_record(out)
+    own = {key: record[key] for key in record if key not in ("n", "nfe", "complete", "samples", *HOW_CUT)}
     if old is None:
         for sample in record["samples"]:
-            (out / sample["file"]).unlink(missing_ok=True)
+            remove_sample(out, sample["file"])
+    elif json.loads(json.dumps(own)) == {key: old.get(key) for key in own}:
+        if len(old["samples"]) > len(record["samples"]):
+            record["n"], record["samples"] = old["n"], old["samples"]
+        record["nfe"] = old.get("nfe")
     else:
-        own = {key: record[key] for key in record if key not in ("n", "nfe", "complete", "samples", *HOW_CUT)}
-        if json.loads(json.dumps(own)) == {key: old.get(key) for key in own}:
-            if len(old["samples"]) > len(record["samples"]):
-                record["n"], record["samples"] = old["n"], old["samples"]
-            record["nfe"] = old.get("nfe")
-        else:
-            print(f"replacing {len(old['samples'])} samples in {out}")
-            for sample in old["samples"]:
-                for suffix in (".png", ".npy", ".ply"):
-                    (out / sample["file"]).with_suffix(suffix).unlink(missing_ok=True)
+        print(f"replacing {len(old['samples'])} samples in {out}")
+        for sample in old["samples"]:
+            remove_sample(out, sample["file"])
     write_atomic(out / "samples.json", lambda f: f.write(json.dumps(record, indent=1).encode()))
 
 
@@ -419,17 +487,78 @@ QUANTISATION = "uint8: 127.5 (x + 1) rounded to the nearest, clamped to 0..255"
 HOW_CUT = ("ckpt", "batch", "chunk", "device", "processes")      # settings that change a sample by rounding at most
 
 
-def write_sample(stem, sample, size, image):
-    """One sample (M, 3) as stem.png, and a cloud as stem.npy and stem.ply; the file that the record names comes last, so
-    that where it exists the sample is complete. Returns the picture."""
-    pixels, at = picture(sample, size, image), lambda suffix: stem.with_name(stem.name + suffix)
+def write_picture(path, pixels):
+    write_atomic(path, lambda f: Image.fromarray(pixels).save(f, format="PNG"))
+
+
+def write_cloud(stem, points):
+    """A cloud (P, 3) float32 as stem.ply, stem.png and stem.npy; the file that the record names comes last, so that where it
+    exists the sample is complete."""
+    at = lambda suffix: stem.with_name(stem.name + suffix)
+    write_ply(at(".ply"), points)
+    write_picture(at(".png"), draw_points(points))
+    write_atomic(at(".npy"), lambda f: np.save(f, points))
+
+
+def cut(size, crop, share, image):
+    """The parts in which a sample is drawn: runs of points, or bands of rows (of whole tiles where they are that high), of at
+    most PART queries, and so many that `share` processes find work; [None] where the sample is drawn whole."""
+    first, last, width = (crop[1], crop[3], crop[2] - crop[0]) if image else (0, size, 1)
+    rows = min(max(1, PART // width), math.ceil((last - first) / share))
+    if rows >= last - first:
+        return [None]
+    if image and rows > TILE:
+        rows = rows // TILE * TILE
+    cuts = [(i, min(i + rows, last)) for i in range(first, last, rows)]
+    return [(crop[0], a, crop[2], b) for a, b in cuts] if image else cuts
+
+
+PART = 2 ** 20            # queries; the state of that many and their noise are some 100 MB
+
+
+def part_file(stem, part, image):
+    """Where a finished part of a sample waits for the others; named by its rows or points."""
+    first, last = part[1::2] if image else part
+    return stem.with_name(stem.name + ".parts") / f"{first:09d}-{last:09d}{'.png' if image else '.npy'}"
+
+
+def join_parts(stem, parts, image):
+    """Makes a sample of its parts, and of a large picture a preview of at most 1024 pixels; never holds more than a part of a
+    picture."""
+    files = [part_file(stem, part, image) for part in parts]
     if not image:
-        points = sample.float().cpu().numpy()
-        write_ply(at(".ply"), points)
-    write_atomic(at(".png"), lambda f: Image.fromarray(pixels).save(f, format="PNG"))
-    if not image:
-        write_atomic(at(".npy"), lambda f: np.save(f, points))
-    return pixels
+        write_cloud(stem, np.concatenate([np.load(f, allow_pickle=False) for f in files]))
+    else:
+        width, height, previews = parts[0][2] - parts[0][0], parts[-1][3] - parts[0][1], []
+        shrink = 2 ** max(0, math.ceil(math.log2(max(width, height) / 1024)))
+
+        def bands():
+            for f in files:
+                with Image.open(f) as band:
+                    previews.append(np.asarray(band.reduce(shrink)))
+                    yield np.asarray(band)
+        write_atomic(stem.with_name(stem.name + ".png"), lambda f: write_png(f, width, height, bands()))
+        if shrink > 1:
+            write_picture(stem.with_name(stem.name + "-preview.png"), np.concatenate(previews))
+    remove_parts(stem)
+
+
+def write_png(f, width, height, bands):
+    """Streams uint8 bands (rows, width, 3) into one PNG: 8-bit RGB, every row less the row above (filter 2 of ISO 15948)."""
+    def chunk(kind, body):
+        f.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
+
+    f.write(b"\x89PNG\r\n\x1a\n")
+    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    deflate, above = zlib.compressobj(), np.zeros((1, width, 3), np.uint8)
+    for band in bands:
+        rows = np.full((len(band), 1 + 3 * width), 2, np.uint8)
+        rows[:, 1:] = (band - np.concatenate([above, band[:-1]])).reshape(len(band), -1)
+        above = band[-1:]
+        if body := deflate.compress(rows):
+            chunk(b"IDAT", body)
+    chunk(b"IDAT", deflate.flush())
+    chunk(b"IEND", b"")
 
 
 def write_adm_npz(path, pictures, shape, labels):
@@ -480,13 +609,36 @@ def autocast(device, dtype):
 
 
 def parse_size(text, cfg):
-    """--res: an int, or HEIGHTxWIDTH."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    """--res: a side, HEIGHTxWIDTH, or so many times the one trained on, as in 4x."""
     if cfg.domain != "image":
         raise InputError("--res is for images; this checkpoint draws points: use --points")
+    if re.fullmatch(r"[1-9]\d*x", text):
+        text = str(int(text[:-1]) * cfg.res)
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not match or 0 in (size := (int(match[1]), int(match[2] or match[1]))):
-        raise InputError(f"--res {text}: expected a positive size such as 512, or HEIGHTxWIDTH such as 192x320")
+        raise InputError(f"--res {text}: expected a positive size such as 512, HEIGHTxWIDTH such as 192x320, or 4x for "
+                         f"four times the resolution trained on")
     return size
+
+
+def parse_crop(text, size):
+    """--crop: a box x0,y0,x1,y1 in pixels of the whole picture."""
+    box = tuple(map(int, text.split(","))) if re.fullmatch(r"\d+,\d+,\d+,\d+", text) else ()
+    if not box or not (box[0] < box[2] <= size[1] and box[1] < box[3] <= size[0]):
+        raise InputError(f"--crop {text}: expected x0,y0,x1,y1 with 0 <= x0 < x1 <= {size[1]} and 0 <= y0 < y1 <= {size[0]}, "
+                         f"pixels of the whole picture")
+    return box
+
+
+def parse_zoom(text):
+    """--zoom: a place x,y in [0, 1]."""
+    try:
+        x, y = map(float, text.split(","))
+        if 0 <= x <= 1 and 0 <= y <= 1:
+            return x, y
+    except ValueError:
+        pass
+    raise InputError(f"--zoom {text}: expected x,y between 0 and 1 from the upper left corner, such as 0.5,0.5")
 
 
 def parse_classes(names, known):
@@ -541,7 +693,9 @@ def parser():
     g.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", default=[],
                    help="class names or indices, taken in turn (default: all classes in turn)")
     g.add_argument("--seed", type=natural, default=0)
-    g.add_argument("--res", help="images: side, or HEIGHTxWIDTH (default: the one trained on)")
+    g.add_argument("--res", help="images: side, HEIGHTxWIDTH, or 4x for four times the one trained on (default: that one)")
+    g.add_argument("--crop", metavar="x0,y0,x1,y1", help="images: only this box of the picture, in its pixels; none other is drawn")
+    g.add_argument("--zoom", metavar="x,y", help="images: four views of --res towards this place (0..1), each 4 times finer")
     g.add_argument("--points", type=positive, help="clouds: number of points (default: the one trained on)")
     g = p.add_argument_group("how (defaults: the recipe's, stored in the checkpoint)")
     g.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none")
@@ -563,22 +717,30 @@ def main(argv=None):
     """Runs the command line; returns the directory of the samples."""
     args = parser().parse_args(argv)
     path = newest_checkpoint() if args.ckpt is None else Path(args.ckpt)
-    ckpt = read_checkpoint(path)
+    ckpt = read_checkpoint(path, mmap=True)
     device = start_processes(args.device, "gloo")
-    config = ckpt["config"]
+    config, step = ckpt["config"], ckpt["step"]
     names, sampling, trained = config["class_names"], config["sampling"], config["settings"]
     model = load_model(ckpt, path, args.weights).to(device)
+    del ckpt
     cfg = model.cfg
     image = cfg.domain == "image"
 
     size = parse_size(args.res, cfg) if args.res else (cfg.res, cfg.res) if image else args.points or cfg.points
     if args.points and image:
         raise InputError("--points is for point clouds; this checkpoint draws images: use --res")
-    if args.npz and not image:
-        raise InputError("--npz is ADM's format for images; clouds are written as .npy and .ply")
+    for flag in ("npz", "crop", "zoom"):
+        if getattr(args, flag) and not image:
+            raise InputError(f"--{flag} is for images; this checkpoint draws points")
+    if args.zoom and (args.crop or args.npz):
+        raise InputError(f"--zoom chooses its own crops and writes pictures: drop --{'crop' if args.crop else 'npz'}")
+    crop = parse_crop(args.crop, size) if args.crop else (0, 0, size[1], size[0]) if image else None
+    at = parse_zoom(args.zoom) if args.zoom else None
+    if args.npz and (crop[2] - crop[0]) * (crop[3] - crop[1]) > 2 ** 26:
+        raise InputError(f"--npz: expected pictures of at most {2 ** 26} pixels; larger ones are written as .png alone")
     dtype = pick_dtype(args.dtype, device, "float32")
-    setting = dict(ckpt=str(path), ckpt_sha256=None, step=ckpt["step"], dataset=trained.get("dataset"),
-                   category=trained.get("category"), model=trained.get("model"), weights=args.weights, size=size,
+    setting = dict(ckpt=str(path), ckpt_sha256=None, step=step, dataset=trained.get("dataset"),
+                   category=trained.get("category"), model=trained.get("model"), weights=args.weights, size=size, crop=args.crop and crop, zoom=at,
                    seed=args.seed, solver=args.solver or sampling["solver"], steps=args.steps or sampling["steps"],
                    guidance=sampling["guidance"] if args.guidance is None else args.guidance,
                    diffusion=args.diffusion, classes=args.classes, dtype="float32" if dtype is None else "bfloat16")
@@ -594,11 +756,15 @@ def main(argv=None):
     labels = [classes[i % len(classes)] if names else None for i in range(args.n)]
 
     tag = "x".join(map(str, size)) if image else f"{size}points"
+    tag += f"-crop{args.crop}" if args.crop else f"-zoom{args.zoom}" if args.zoom else ""
     run = path if path.is_dir() else path.parent
     out = Path(args.out) if args.out else run / "samples" / \
-        f"{tag}-{setting['solver']}{setting['steps']}-g{setting['guidance']:g}-seed{args.seed}-step{ckpt['step']}"
-    queries = math.prod(size) if image else size
-    batch = args.batch or max(1, min(64, 2 ** 20 // queries))
+        f"{tag}-{setting['solver']}{setting['steps']}-g{setting['guidance']:g}-seed{args.seed}-step{step}"
+    queries = (crop[2] - crop[0]) * (crop[3] - crop[1]) if image else size
+    # what is not trained on can be shared out among processes, where there are more of them than samples
+    whole = at or size == ((cfg.res, cfg.res) if image else cfg.points)
+    parts = [None] if whole else cut(size, crop, math.ceil(WORLD / args.n), image)
+    batch = 1 if at or len(parts) > 1 else args.batch or max(1, min(64, PART // queries))
     setting.update(batch=batch, chunk=args.chunk, device=str(device), processes=WORLD)
     suffix = ".png" if image else ".npy"
     record = dict(setting, n=args.n, nfe=None, complete=False, normalisation=config.get("normalisation"), quantisation=QUANTISATION
@@ -610,30 +776,72 @@ def main(argv=None):
         record["ckpt_sha256"] = sha256(path / "ckpt.pt" if path.is_dir() else path)
         begin_samples(out, record)
     wait_for_all()
-    # one sample a file, shared out over the processes; what an interrupted run finished is not drawn again
-    todo = [i for i in range(RANK, args.n, WORLD) if not (out / f"{i:06d}{suffix}").exists()]
+    # many samples are shared out, the parts of few; what an interrupted run finished is not drawn again
+    stem = lambda i: out / f"{i:06d}"
+    done = lambda i: (out / f"{i:06d}{suffix}").exists()
+    together = len(parts) > 1 and args.n < WORLD
+    mine = range(args.n) if together else range(RANK, args.n, WORLD)
+    todo = [i for i in mine if not done(i)]
+    if len(parts) > 1:
+        for i in todo:
+            stem(i).with_name(stem(i).name + ".parts").mkdir(exist_ok=True)
+        jobs = [([i], part) for i in todo for k, part in enumerate(parts)
+                if not (together and (i * len(parts) + k) % WORLD != RANK or part_file(stem(i), part, image).exists())]
+    else:
+        jobs = [(todo[first:first + batch], crop if args.crop else None) for first in range(0, len(todo), batch)]
 
-    print0(f"{path}: step {ckpt['step']}, {args.weights} weights, {cfg.domain} model trained at "
+    print0(f"{path}: step {step}, {args.weights} weights, {cfg.domain} model trained at "
            f"{f'{cfg.res}x{cfg.res}' if image else f'{cfg.points} points'}, sampling {args.n} at {tag} on "
-           + (f"{WORLD} x " if WORLD > 1 else "") + str(device))
-    if len(todo) < len(range(RANK, args.n, WORLD)):
-        print0(f"{len(range(RANK, args.n, WORLD)) - len(todo)} samples of this setting are in {out} already")
+           + (f"{WORLD} x " if WORLD > 1 else "") + str(device) + (f", each in {len(parts)} parts" if len(parts) > 1 else ""))
+    if len(todo) < len(mine):
+        print0(f"{len(mine) - len(todo)} samples of this setting are in {out} already")
+    if len(parts) > 1 and len(jobs) < len(todo) * (1 if together else len(parts)):
+        print0(f"{len(todo) * len(parts) - len(jobs)} parts of this setting are in {out} already")
     nfe, started = None, time.time()
-    evaluations = setting["steps"] * (2 if setting["solver"] == "heun" else 1) * math.ceil(len(todo) / batch)
-    with tqdm(total=evaluations, unit="eval", desc="sampling", disable=None if RANK == 0 else True) as bar, \
-            autocast(device, dtype):
-        for first in range(0, len(todo), batch):
-            indices = todo[first:first + batch]
-            label = torch.tensor([labels[i] for i in indices], device=device) if names else None
+    evaluations = setting["steps"] * (2 if setting["solver"] == "heun" else 1)       # of dopri5: at most
+    count = lambda part: queries if part is None else (part[2] - part[0]) * (part[3] - part[1]) if image else part[1] - part[0]
+    with tqdm(total=sum(len(i) * count(part) for i, part in jobs) * (4 if at else 1), unit="pixel" if image else "point",
+              unit_scale=True, desc="sampling", disable=None if RANK == 0 else True) as bar, autocast(device, dtype):
+
+        def draw(indices, size, part):
+            """Samples, or a part of them, as (B, M, 3); the bar runs on."""
+            nonlocal nfe
+            label, start = torch.tensor([labels[i] for i in indices], device=device) if names else None, bar.n
+            advance = lambda share: bar.update(len(indices) * count(part) * share / evaluations)
             x, nfe = generate(model, indices, args.seed, size, label, None, setting["guidance"], setting["solver"],
-                              setting["steps"], args.chunk, config["path"], args.diffusion, bar.update)
+                              setting["steps"], args.chunk, config["path"], args.diffusion, part, advance)
             if not x.isfinite().all():
                 raise InputError(f"{path}: its {args.weights} weights give non-finite samples; try another checkpoint")
-            for i, sample in zip(indices, x):
-                write_sample(out / f"{i:06d}", sample, size, image)
+            bar.update(start + len(indices) * count(part) - bar.n)     # dopri5 needed fewer evaluations
+            return x
+
+        def pixels(x, box):
+            return encode_image(x, box[3] - box[1], box[2] - box[0])
+
+        for indices, part in jobs:
+            if at:
+                view = lambda size, box: pixels(draw(indices, size, box)[0], box)
+                write_picture(out / f"{indices[0]:06d}.png", np.asarray(grid_picture(zoom(view, size, at), columns=4)))
+                continue
+            for i, x in zip(indices, draw(indices, size, part)):
+                if len(parts) > 1:
+                    write = (lambda f: Image.fromarray(pixels(x, part)).save(f, "PNG")) if image else \
+                            (lambda f: np.save(f, x.cpu().numpy()))
+                    write_atomic(part_file(stem(i), part, image), write)
+                elif image:
+                    write_picture(out / f"{i:06d}.png", pixels(x, crop))
+                else:
+                    write_cloud(stem(i), x.cpu().numpy())
+            if len(parts) > 1 and not together and all(part_file(stem(indices[0]), p, image).exists() for p in parts):
+                join_parts(stem(indices[0]), parts, image)
+    wait_for_all()
+    if len(parts) > 1:
+        for i in range(RANK, args.n, WORLD):
+            if not done(i):
+                join_parts(stem(i), parts, image)
     wait_for_all()
     if RANK == 0:
-        finish_samples(out, record, args.n, nfe, size, args.npz)
+        finish_samples(out, record, args.n, nfe, (crop[3] - crop[1], crop[2] - crop[0]) if image else None, args.npz)
         guided = names and setting["guidance"] != 1
         print(f"{args.n} samples in {time.time() - started:.1f} s, NFE {record['nfe']}"
               f"{' (each guided: two passes)' if guided else ''}, solver {setting['solver']}, "
@@ -643,10 +851,16 @@ def main(argv=None):
 
 
 def finish_samples(out, record, n, nfe, size, npz):
-    """grid.png of the first 64, samples.npz where asked for, and the finished samples.json."""
-    shrink = 1 if isinstance(size, int) else math.ceil(max(size) / 1024)           # keep the sheet's memory bounded
+    """grid.png of the first 64, samples.npz where asked for, and the finished samples.json. size: (height, width) of pictures."""
     read = lambda i: Image.open(out / f"{i:06d}.png")
-    grid_picture([np.asarray(read(i).reduce(shrink)) for i in range(min(n, 64))]).save(out / "grid.png")
+
+    def small(i):
+        if (out / f"{i:06d}-preview.png").exists():
+            return np.asarray(Image.open(out / f"{i:06d}-preview.png"))
+        picture = read(i)
+        return np.asarray(picture.reduce(math.ceil(max(picture.size) / 1024)))     # keep the sheet's memory bounded
+    if not record.get("zoom"):
+        grid_picture([small(i) for i in range(min(n, 64))]).save(out / "grid.png")
     if npz:
         labels = [sample["label"] for sample in record["samples"][:n]]
         write_atomic(out / "samples.npz", lambda f: write_adm_npz(f, map(read, range(n)), (n, *size, 3),
