@@ -211,6 +211,17 @@ def update_ema(ema, model, step, decay):
         average.copy_(own)
 
 
+def update(model, ema, optimizer, step, args):
+    """Clips, steps and averages; returns the gradient norm before clipping, a scalar on the device."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip, foreach=True)
+    # a non-finite step is skipped by the fused optimizer on the device, so that the host need not wait for it
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad()
+    update_ema(ema, model, step, args.ema)
+    return norm
+
+
 def learning_rate(args, step):
     warmup = min(1.0, (step + 1) / max(1, args.warmup))
     return args.lr * warmup * SCHEDULES[args.schedule](min(1.0, step / args.steps))
@@ -433,12 +444,7 @@ def main(argv=None):
                 loss = micro_loss(net, coords, next(batches), step, places, args, device, dtype)
                 (loss / args.accumulate).backward()
             total += torch.stack([loss.detach().nan_to_num(0, 0, 0), loss.isfinite().float()])
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip, foreach=True)
-        # a non-finite step is skipped by the fused optimizer on the device, so that the host need not wait for it
-        optimizer.found_inf = (~norm.isfinite()).float()
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(ema, model, step, args.ema)
+        norm = update(model, ema, optimizer, step, args)
         bad = torch.stack([(bad[0] + 1) * optimizer.found_inf, bad[1] + optimizer.found_inf])
         step += 1
         bar.update()

@@ -1,11 +1,18 @@
-"""Speeds as ratios within one run: python tests/bench.py metrics
+"""Speeds as ratios within one run: python tests/bench.py [step guided decode large data small metrics]
 
 Each row times two ways of doing the same work in turn and compares their medians. Nothing passes or fails here: machines differ.
 """
 import argparse
+import copy
+import math
+import os
 import pathlib
+import re
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,10 +21,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 import scipy.linalg  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
 from scipy.optimize import linear_sum_assignment  # noqa: E402
 from scipy.spatial import cKDTree  # noqa: E402
 from scipy.spatial.distance import cdist  # noqa: E402
 
+import data  # noqa: E402
+import model as asft  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
 from data import Solids  # noqa: E402
 from metrics import clouds, frechet  # noqa: E402
 
@@ -26,6 +39,10 @@ def row(name, ours, theirs, goal, rounds=5, note=""):
     """Prints the medians of ours() and theirs(), each seconds for the same amount of work, taken in turn, and their ratio."""
     pairs = [(ours(), theirs()) for _ in range(rounds)]
     a, b = (statistics.median(column) for column in zip(*pairs))
+    report(name, a, b, goal, note)
+
+
+def report(name, a, b, goal, note=""):
     print(f"{name:<52} {a:>9.4f} s {b:>9.4f} s {b / a:>7.2f} x   {goal:<8} {note}", flush=True)
 
 
@@ -36,6 +53,215 @@ def timed(function):
         units = function()
         return (time.perf_counter() - started) / units
     return run
+
+
+class Plain(asft.ASFT):
+    """The same function with nothing saved: keys and values of every pixel, attention with one query per window, LayerNorm
+    after the value stem's Linear, every modulation applied where it stands, both halves of guidance from the pixels on."""
+
+    def read(self, coords, values):
+        cfg, e, side = self.cfg, self.encoder, math.isqrt(self.cfg.latents)
+        values = self.windows(coords, values).transpose(0, 1)                            # (B, L, n, 3)
+        centres = asft.fourier(asft.image_coords(side), self.freqs)
+        x = torch.nn.Sequential(*self.stem)(values) + asft.fourier(asft.image_coords(cfg.res // side), self.freqs)
+        split = lambda z: z.unflatten(-1, (e.heads, -1)).transpose(-2, -3).flatten(0, 1)        # (BL, H, n, d)
+        q = split(e.q(self.latents + centres)[None, :, None].expand(len(x), -1, -1, -1))
+        x = F.scaled_dot_product_attention(q, split(e.k(x)), split(e.v(x)))              # (BL, H, 1, d)
+        return e.mlp(e.norm(x.reshape(len(values), cfg.latents, -1))) + centres, None
+
+    def forward(self, coords, values, query_coords, query_values, t, label=None, tokens=None, drop=None):
+        c = self.condition(t, label, drop)
+        stem = torch.nn.Sequential(*self.query_stem)(query_values)
+        x = stem + asft.fourier(query_coords, self.freqs)
+        for block, latents in zip(self.decoder, self.encode(coords, values, t, label, tokens, drop)):
+            x = block(x, block.modulations(c), block.keys_values(latents))
+        shift, scale = self.head_modulation(F.silu(c))[:, None].chunk(2, -1)
+        return self.head(asft.modulate(torch.cat([x, stem.to(x.dtype)], -1), shift, scale))
+
+
+def model_pair(name, **changes):
+    """A preset with random weights everywhere (no gate at zero), and its plain form with the same ones."""
+    torch.manual_seed(0)
+    models = asft.ASFT(asft.config(name, **changes)), Plain(asft.config(name, **changes))
+    for p in models[0].parameters():
+        if not p.detach().any():
+            torch.nn.init.normal_(p, std=0.02)
+    models[1].load_state_dict(models[0].state_dict())
+    return models
+
+
+def peak(dtype, n=2048):
+    """FLOP/s of this machine's matrix product."""
+    a, b = torch.randn(2, n, n, dtype=dtype)
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - started)
+    return 2 * n ** 3 / min(times)
+
+
+def step():
+    """Training step (forward and backward) of image B at 256 x 256, 8,192 decoded, batch 2; seconds per step."""
+    ours, plain = model_pair("B", n_classes=1000)
+    N, B, M = 256 ** 2, 2, 8192
+    coords, x0, eps, t = asft.image_coords(256), torch.rand(B, N, 3) * 2 - 1, torch.randn(B, N, 3), torch.rand(B)
+    query = torch.stack([torch.randperm(N)[:M] for _ in range(B)])
+    flops = 3 * B * asft.forward_flops(ours.cfg, M)[0]                 # backward: two products for each of forward
+    for dtype in (torch.float32, torch.bfloat16):
+        peaks, losses = [], {}
+
+        def once(model):
+            def run():
+                with sample.autocast(torch.device("cpu"), None if dtype is torch.float32 else dtype):
+                    losses[model] = asft.cicfm_loss(model, coords, x0, eps, t, query, label=torch.tensor([1, 2]))
+                losses[model].backward()
+                model.zero_grad()
+                return 1
+            return run
+        for model in (ours, plain):                                    # memory and kernels warm
+            once(model)()
+        mine = []
+
+        def ours_and_peak():
+            peaks.append(peak(dtype))
+            mine.append(timed(once(ours))())
+            return mine[-1]
+        name = str(dtype).removeprefix("torch.")
+        row(f"training step, {name} / plain form", ours_and_peak, timed(once(plain)),
+            ">= 1.6" if dtype is torch.float32 else "-", rounds=3)
+        assert abs(losses[ours] / losses[plain] - 1) < 1e-2, losses
+        share = flops / statistics.median(mine) / statistics.median(peaks)
+        print(f"{'':<52} {flops / 1e9:.0f} GFLOP; {flops / statistics.median(mine) / 1e9:.0f} of the matrix product's "
+              f"{statistics.median(peaks) / 1e9:.0f} GFLOP/s: {share:.2f}   goal {'>= 0.65' if dtype is torch.float32 else '>= 0.45'}")
+
+
+def guided():
+    """Guided sampling step of image B at 256 x 256, all pixels, float32; seconds per step."""
+    ours, plain = model_pair("B", n_classes=1000)
+    coords, x, label, t = asft.image_coords(256), torch.randn(1, 256 ** 2, 3), torch.tensor([5]), torch.tensor([0.6])
+    velocity = sample.Velocity(ours, coords, label, guidance=1.5, context=256 ** 2)
+    got = {}
+
+    @torch.no_grad()
+    def shared():
+        got["ours"] = velocity(x, 0.6)
+        return 1
+
+    @torch.no_grad()
+    def two_passes():
+        cond, null = (plain(coords, x, coords, x, t, z) for z in (label, None))
+        got["plain"] = null + 1.5 * (cond - null)
+        return 1
+    shared()
+    row("guided step / two full plain passes", timed(shared), timed(two_passes), ">= 1.25", rounds=3)
+    assert (got["ours"] - got["plain"]).abs().max() < 1e-3
+
+
+def decode():
+    """Decoding with image S, float32; seconds per million queries."""
+    ours, _ = model_pair("S")
+    t, M = torch.tensor([0.6]), 2 ** 20
+    coords, x = asft.image_coords(1024), torch.randn(1, M, 3)
+    with torch.no_grad():
+        memory = ours.memory(ours.encode(asft.image_coords(256), torch.randn(1, 256 ** 2, 3), t), t)
+
+    @torch.no_grad()
+    def chunked():
+        for i in range(0, M, 4096):
+            ours.decode(memory, coords[i:i + 4096], x[:, i:i + 4096])
+        return M / 1e6
+
+    @torch.no_grad()
+    def unlimited():
+        ours.decode(memory, coords[:M // 4], x[:, :M // 4])
+        return M / 4e6
+    unlimited()
+    row("1M queries, 4096 at a time / a quarter in one pass", timed(chunked), timed(unlimited), ">= 0.95", rounds=3)
+
+
+def large():
+    """sample.py --res 2048 and 4096 with image S, one Euler step, float32, as whole processes."""
+    with tempfile.TemporaryDirectory() as place:
+        model, _ = model_pair("S")
+        weights = model.state_dict()
+        torch.save(dict(model=weights, ema=weights, optimizer={"copies": [weights, weights]}, step=1, config=dict(
+            model=vars(model.cfg), class_names=[], path="linear", settings={},
+            sampling=dict(solver="euler", steps=1, guidance=1.0))), f"{place}/ckpt.pt")
+        seconds, memory = {}, {}
+        for res in (256, 2048, 4096):
+            process = subprocess.Popen([sys.executable, sample.__file__, "--ckpt", f"{place}/ckpt.pt", "--n", "1", "--res", str(res),
+                                        "--device", "cpu", "--out", f"{place}/{res}"], stdout=subprocess.PIPE,
+                                       stderr=subprocess.DEVNULL, text=True)
+            seconds[res] = float(re.search(r"samples in ([\d.]+) s", process.stdout.read())[1])
+            _, _, usage = os.wait4(process.pid, 0)
+            memory[res] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2 ** 30
+            print(f"{f'--res {res}':<52} {seconds[res]:>9.1f} s {memory[res]:>8.2f} GiB peak resident", flush=True)
+        print(f"{'memory at 2048':<52} {memory[2048]:.2f} GiB   goal <= 2.5;   4096 / 2048: {memory[4096] / memory[2048]:.3f}   goal <= 1.1")
+        print(f"{'time(4096) / time(2048)':<52} {seconds[4096] / seconds[2048]:.2f}   goal <= 4.2")
+
+
+def folder():
+    """Training data: `folder` at 256 from JPEGs of 500 x 375, one worker; seconds per picture."""
+    with tempfile.TemporaryDirectory() as place:
+        glyphs, noise = data.Glyphs(500), np.random.default_rng(0)
+        files = []
+        for i in range(192):
+            files.append(f"{place}/{i}.jpg")
+            grain = noise.normal(0, 8, (375, 500, 3))
+            Image.fromarray((glyphs.item(i)[0][:375] + grain).clip(0, 255).astype(np.uint8)).save(files[-1], quality=90)
+
+        def bare():
+            for file in files:
+                np.asarray(Image.open(file).convert("RGB").resize((341, 256), Image.BICUBIC))
+            return len(files)
+
+        source = data.loader(data.load("folder", place, res=256, flip=True), 0, 0, 16, 16, workers=1)
+
+        def loaded():
+            for _ in range(len(files) // 16):
+                next(source)
+            return len(files)
+        for _ in range(12):                                            # let the worker's head start be used up
+            loaded()
+        row("folder loader, one worker / bare Pillow, one thread", timed(loaded), timed(bare), ">= 0.85", rounds=7)
+
+
+def small():
+    """Training steps of the quickstart (tiny, batch 16, 256 decoded); seconds per step."""
+    device, dtype = torch.device("cpu"), torch.bfloat16 if train.bfloat16_cpu() else None
+    args = train.settings(["--device", "cpu", "--out", os.devnull + "/none"])[0]
+    model = asft.ASFT(asft.config("tiny", n_classes=36))
+    batch = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8), torch.arange(16)
+
+    def trainer(compiled):
+        net = copy.deepcopy(model)
+        called, ema = torch.compile(net) if compiled else net, copy.deepcopy(net).requires_grad_(False)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+        coords, spent = asft.image_coords(32), [0.0]
+
+        def steps(count=20):
+            for i in range(count):
+                train.micro_loss(called, coords, batch, i, range(16), args, device, dtype).backward()
+                started = time.perf_counter()
+                train.update(net, ema, optimizer, i, args)
+                spent[0] += time.perf_counter() - started
+            return count
+        steps()
+        spent[0] = 0.0
+        return steps, spent
+
+    (eager, spent), rounds = trainer(False), 5
+    begun = time.perf_counter()
+    for _ in range(rounds):
+        eager()
+    share = spent[0] / (time.perf_counter() - begun)
+    print(f"{'optimizer + EMA + clip, share of a step':<52} {100 * share:.1f} %   goal <= 10 %")
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        print(f"{'torch.compile / eager':<52} not measured: no C++ compiler on this machine")
+        return
+    compiled, _ = trainer(True)
+    row("torch.compile / eager", timed(compiled), timed(eager), ">= 1.15", rounds=7)
 
 
 def metrics():
@@ -92,11 +318,12 @@ def metrics():
     row(f"exact EMD, {threads} threads / 1", timed(exact(threads)), timed(exact(1)), "-", rounds=3)
 
 
-SECTIONS = {"metrics": metrics}
+SECTIONS = {"step": step, "guided": guided, "decode": decode, "large": large, "data": folder, "small": small, "metrics": metrics}
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("section", nargs="*", choices=[[], *SECTIONS], help=f"of {', '.join(SECTIONS)} (default: all)")
+    sample.keep_freed_memory()
     for name in p.parse_args().section or SECTIONS:
-        print(f"{name}: {SECTIONS[name].__doc__}")
+        print(f"{name}: {SECTIONS[name].__doc__}", flush=True)
         SECTIONS[name]()
