@@ -9,7 +9,8 @@ X and Y may be
 and X also a checkpoint or run directory of train.py: its samples are drawn first, and kept.
 
 `python evaluate.py stats --data Y --res R --out ref.npz` writes reference statistics of anyone's own pictures.
-Both share the work under torchrun. Alphabet: S items of a set, P points of a cloud, d features of an item.
+`python evaluate.py upscale --fake RUN --real Y --times 4` compares samples drawn finer than the model was trained with enlargements
+of the same seeds' samples (Tab. 9). All share the work under torchrun. Alphabet: S items of a set, P points of a cloud, d features of an item.
 """
 import argparse
 import hashlib
@@ -171,11 +172,21 @@ def folder_set(path, args):
         if not files:
             raise InputError(f"{path}: neither pictures nor clouds (.npy, .ply) in it")
     image = domain == "image"
-    read = (lambda i: fitted(data.read_image(files[i]), args.res)) if image else (lambda i: read_cloud(files[i]))
+    read = (lambda i: fitted(enlarged(data.read_image(files[i]), args), args.res)) if image else (lambda i: read_cloud(files[i]))
     size, named = record.get("size"), record.get("dataset")
     return Set(source=str(path), domain=domain, count=len(files), item=read, name=lambda i: str(files[i]),
                file_type=file_types(files), normalisation=record.get("normalisation"), record=record,
-               dataset=(named, (size[0] if size else None) if image else record.get("category")) if named else None)
+               dataset=(named, (size[0] if size else None) if image else record.get("category")) if named and not record.get("crop") else None)
+
+
+ENLARGE = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
+
+
+def enlarged(image, args):
+    """A picture as it is, or with --enlarge stretched by that filter until its shorter side is --res."""
+    if getattr(args, "enlarge", None) is None or min(image.size) >= args.res:
+        return image
+    return image.resize([round(side * args.res / min(image.size)) for side in image.size], ENLARGE[args.enlarge])
 
 
 def fitted(image, res):
@@ -707,6 +718,7 @@ def parser():
     g.add_argument("--memory", type=positive, default=1024, help="MiB for pairwise distances (default: 1024)")
     g.add_argument("--images", help="ulip_i: the conditioning pictures in the order of the clouds, or their features (S,1280) as .npy")
     g.add_argument("--point-features", help="ulip_i: features of the clouds (S,1280) as .npy, in place of --fake")
+    g.add_argument("--enlarge", choices=ENLARGE, help="pictures of directories smaller than --res: enlarge by this filter, nothing else")
     g = p.add_argument_group("drawing samples, where --fake is a checkpoint (as in sample.py; defaults: the checkpoint's)")
     g.add_argument("--raw", action="store_true", help="the last weights instead of the averaged ones")
     g.add_argument("--seed", type=natural, default=0)
@@ -777,8 +789,8 @@ def paper_rows(found, names):
     return {row: values for row, values in rows.items() if set(values) & set(names)}
 
 
-def print_table(scores, rows):
-    head = ["metric", "ours", *rows]
+def print_table(scores, rows, ours="ours"):
+    head = ["metric", ours, *rows]
     lines = [[f"{n} ({UNITS[n]})" if n in UNITS else n, f"{v:.4f}", *(f"{r[n]:.4f}" if n in r else "-" for r in rows.values())]
              for n, v in scores.items()]
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
@@ -795,7 +807,11 @@ def main(argv=None):
     WARNINGS.clear()
     if argv[:1] == ["stats"]:
         return stats(argv[1:])
+    if argv[:1] == ["upscale"]:
+        return upscale(argv[1:])
     args = parser().parse_args(argv)
+    if args.enlarge and not args.res:
+        raise InputError(f"--enlarge {args.enlarge}: --res is missing, the side to enlarge to")
     started = time.time()
     device = start_processes(args.device, "gloo")
     torch.backends.cudnn.allow_tf32 = False                            # features in full float32: TF32 moves FID
@@ -855,7 +871,7 @@ def main(argv=None):
         weights=record.get("weights"), solver=record.get("solver"), steps=record.get("steps"), nfe=record.get("nfe"),
         guidance=record.get("guidance"), seed=record.get("seed"), dtype=record.get("dtype"), size=record.get("size"))
     if domain == "image":
-        protocol.update(resize=args.resize if "inception" in needed else None, res=args.res,
+        protocol.update(resize=args.resize if "inception" in needed else None, res=args.res, enlarge=args.enlarge,
                         real_protocol=real.record if real and real.statistics else None,
                         inception_splits=10, pr_features="--features" if args.features else "Inception pool3")
         scores = image_scores(fake, real, names, args, device, networks, protocol)
@@ -919,6 +935,40 @@ def check_pair(fake, real, names):
         warn(f"file types differ: the samples are {fake.file_type}, the reference {real.file_type}; compression alone moves FID")
 
 
+def upscale(argv):
+    """python evaluate.py upscale: Tab. 9, samples drawn --times finer than trained against enlargements of the same seeds'."""
+    p = parser()
+    p.add_argument("--times", type=positive, default=4, help="how much finer than the resolution trained on (default: 4)")
+    args = p.parse_args(argv)
+    if not (args.fake and is_checkpoint(args.fake) and args.real):
+        raise InputError("upscale: expected --fake with a checkpoint or run directory, and --real with what to compare with")
+    if args.res or args.enlarge or args.out or args.dataset:
+        raise InputError("upscale chooses --res, --enlarge and --out itself and names the reference by --real; drop those flags")
+    model = sample.read_checkpoint(args.fake)["config"]["model"]
+    if model.get("domain") != "image":
+        raise InputError(f"--fake {args.fake}: draws clouds; upscale is for pictures")
+    args.res = args.times * model["res"]
+    count = args.n or open_set(args.real, args, "--real").count
+    fine = draw(args, count)
+    args.res = None
+    coarse = draw(args, count)
+    res, results, given = args.times * model["res"], {}, vars(p.parse_args([]))
+    common = [word for flag, value in vars(args).items() if flag not in ("fake", "json", "times") and value != given[flag]
+              for word in (f"--{flag.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)] * (value is not True)))]
+    for arm, words in {"drawn": ["--fake", fine], **{how: ["--fake", coarse, "--enlarge", how] for how in ENLARGE}}.items():
+        print0(f"\n{arm}:")
+        out = Path(args.json).with_suffix(f".{arm}.json")
+        results[arm] = main([*words, *common, "--res", str(res), "--json", str(out)])
+    if RANK:
+        return None
+    print(f"\n{count} samples of a model trained at {model['res']} pixels, at {res}")
+    drawn, *others = ({name: result["metrics"][name] for name in result["metrics"]} for result in results.values())
+    paper = {row: values for row, values in PAPER["ffhq256", 512].items()} if "fid" in drawn else {}
+    print_table(drawn, {**dict(zip(ENLARGE, others)), **paper}, "drawn")
+    write_atomic(Path(args.json), lambda f: f.write(json.dumps(results, indent=1).encode()))
+    return results
+
+
 def stats(argv):
     """python evaluate.py stats: reference statistics of a set of pictures, every one exactly once."""
     p = argparse.ArgumentParser(prog="evaluate.py stats", description=stats.__doc__)
@@ -928,7 +978,7 @@ def stats(argv):
     p.add_argument("--metrics", nargs="+", choices=[*STATISTICS], help="for which features (default: fid sfid; with --features: fd)")
     common_flags(p)
     args = p.parse_args(argv)
-    args.category, args.points = None, None
+    args.category, args.points, args.enlarge = None, None, None
     device = start_processes(args.device, "gloo")
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")

@@ -17,6 +17,7 @@ Conventions:
 """
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -341,7 +342,7 @@ class ASFT(nn.Module):
         super().__init__()
         check(cfg)
         self.cfg, D, H = cfg, cfg.width, cfg.heads
-        self.grad_checkpoint = False      # recompute blocks in the backward pass: less memory, about 1/3 more time
+        self.grad_checkpoint = False      # recompute blocks and queries in the backward pass: less memory, 1/3 more time
         self.latents = nn.Parameter(torch.empty(cfg.latents, D))
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.classes = nn.Embedding(cfg.n_classes + 1, D) if cfg.n_classes else None    # last row: the null class
@@ -400,11 +401,6 @@ class ASFT(nn.Module):
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.head_modulation.weight)
         nn.init.zeros_(self.head.weight)
-
-    def run(self, block, *args):
-        if self.grad_checkpoint and self.training:
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
 
     def condition(self, t, label, drop):
         """Condition vector c = time + class embedding: (B, D). drop (B,) bool replaces the class by the null class."""
@@ -478,7 +474,8 @@ class ASFT(nn.Module):
             memory = None
             if block.memory_norm is not None:
                 memory = tuple(repeat_to(z, len(c)) for z in block.keys_values(context))
-            x = self.run(block, x, block.modulations(c), memory, tokens, rope)
+            again = self.grad_checkpoint and self.training
+            x = (partial(checkpoint, block, use_reentrant=False) if again else block)(x, block.modulations(c), memory, tokens, rope)
             if depth in self.level_ends:
                 levels.append(x)
         return levels
@@ -509,14 +506,20 @@ class ASFT(nn.Module):
             stem, x = self.query_values(values), self.query_stem(values)
         x, stem = repeat_to(x, len(bias)), repeat_to(stem, len(bias))                    # (B, M, D)
         for block, (modulations, kv) in zip(self.decoder, blocks):
-            x = self.run(block, x, modulations, kv)
+            x = block(x, modulations, kv)
         x = torch.cat([x, stem.to(x.dtype)], -1)                                         # (B, M, 2D)
         return torch.baddbmm(bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), weight)      # (B, M, 3)
 
     def forward(self, coords, values, query_coords, query_values, t, label=None, tokens=None, drop=None):
         """Velocities (B, M, 3) at the queries given the context; shapes as in `encode` and `decode`."""
         levels = self.encode(coords, values, t, label, tokens, drop)                     # K x (B, L, D)
-        return self.decode(self.memory(levels, t, label, drop), query_coords, query_values)       # (B, M, 3)
+        memory = self.memory(levels, t, label, drop)
+        if not (self.grad_checkpoint and self.training):
+            return self.decode(memory, query_coords, query_values)                       # (B, M, 3)
+        # each query on its own: read again some at a time, the decoder keeps nothing but its queries
+        parts = [(None if query_coords is None else query_coords[..., i:i + 2048, :], query_values[:, i:i + 2048])
+                 for i in range(0, query_values.shape[1], 2048)]
+        return torch.cat([checkpoint(self.decode, memory, *part, use_reentrant=False) for part in parts], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -569,30 +572,85 @@ PAPER_MILLIONS = {"S": 35, "B": 138, "L": 458, "XL": 733, "point-B": 108, "point
 DECODED = {"tiny": 256, "point-tiny": 512, "point-B": 2048, "point-L": 2048, "point-objaverse": 16384}
 
 
-def forward_flops(cfg, decoded):
-    """Floating-point operations of one training sample's forward pass, counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
+def counting(cfg):
+    """A model and the arguments of its loss for one batch, as functions of the batch; for use under a mode that computes no
+    numbers."""
     N = cfg.res ** 2 if cfg.domain == "image" else cfg.points
+    coords = torch.empty(N, 2) if cfg.domain == "image" else None
+    return ASFT(cfg), lambda B, M: dict(
+        coords=coords, x0=torch.empty(B, N, 3), eps=torch.empty(B, N, 3), t=torch.empty(B), query=torch.zeros(B, M, dtype=torch.long),
+        tokens=torch.empty(B, 576, cfg.token_dim) if cfg.token_dim else None)
+
+
+def forward_flops(cfg, decoded):
+    """Floating-point operations of one training sample's forward pass, counted on the meta device, and the parameters."""
+    from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = ASFT(cfg)
-        coords = torch.empty(N, 2) if cfg.domain == "image" else None
-        tokens = torch.empty(1, 576, cfg.token_dim) if cfg.token_dim else None
-        query = torch.zeros(1, decoded, dtype=torch.long)
-        cicfm_loss(model, coords, torch.empty(1, N, 3), torch.empty(1, N, 3), torch.empty(1), query, tokens=tokens)
+        model, batch = counting(cfg)
+        cicfm_loss(model, **batch(1, decoded))
     return counter.get_total_flops(), sum(p.numel() for p in model.parameters())
+
+
+def activation_bytes(cfg, decoded, batch, grad_checkpoint=False):
+    """Bytes that the forward pass of a training step keeps for the backward pass, uncompiled, under bfloat16 autocast: counted
+    on tensors without numbers. What is recomputed counts by its inputs, and once, by its largest part."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    stored, own, largest = [{}], set(), 0
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            stored[-1][storage._cdata] = storage               # held, so that no other takes its address
+        return x
+
+    def tensors(args):
+        return [x for arg in args for x in (tensors(arg) if isinstance(arg, (tuple, list)) else [arg]) if isinstance(x, torch.Tensor)]
+
+    def recomputed(function, *args, **_):
+        nonlocal largest
+        for x in tensors(args):
+            keep(x)
+        stored.append({})
+        out = function(*args)
+        largest = max(largest, sum(s.nbytes() for key, s in stored.pop().items() if key not in stored[-1]))
+        return out
+
+    global checkpoint
+    original, checkpoint = checkpoint, recomputed
+    try:
+        with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            model, arguments = counting(cfg)
+            model.grad_checkpoint = grad_checkpoint
+            if hasattr(model, "encoder"):
+                model.encoder.AT_A_TIME = {"cpu": WindowEncoder.AT_A_TIME["cuda"]}
+            own.update(p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers()))
+            loss = cicfm_loss(model, **arguments(batch, decoded))
+            total = sum(s.nbytes() for s in stored[0].values())
+            del loss
+    finally:
+        checkpoint = original
+    return total + largest
 
 
 def main():
     imagenet = 1000                      # the paper's image counts are those of class-conditional models
-    print(f"{'preset':16}{'context':>9}{'decoded':>9}{'parameters':>12}{'paper':>8}{'forward GFLOP':>15}")
+    print(f"{'preset':16}{'context':>9}{'decoded':>9}{'parameters':>12}{'paper':>8}{'forward GFLOP':>15}{'GB a sample':>13}{'recomputed':>12}")
     for name in PRESETS:
         image = PRESETS[name].get("domain", "image") == "image"
         cfg = config(name, n_classes=36 if name == "tiny" else imagenet if image else 0)
         decoded = DECODED.get(name, 8192)
         flops, count = forward_flops(cfg, decoded)
+        one, two = ([activation_bytes(cfg, decoded, B, again) for again in (False, True)] for B in (8, 16))
         context = f"{cfg.res}x{cfg.res}" if image else cfg.points
         paper = f"{PAPER_MILLIONS[name]}M" if name in PAPER_MILLIONS else "-"
-        print(f"{name:16}{context:>9}{decoded:>9}{count / 1e6:>11.1f}M{paper:>8}{flops / 1e9:>15.2f}")
+        print(f"{name:16}{context:>9}{decoded:>9}{count / 1e6:>11.1f}M{paper:>8}{flops / 1e9:>15.2f}"
+              f"{(two[0] - one[0]) / 8e9:>13.3f}{(two[1] - one[1]) / 8e9:>12.3f}")
+    print("GB a sample: activations kept for the backward pass under bfloat16 autocast, uncompiled; recomputed: with "
+          "--grad-checkpoint.\nA batch adds its share of 20 bytes a parameter: weights, gradient, two of Adam, average.")
+    cfg = config("XL", n_classes=imagenet)
+    for again in (False, True):
+        total = activation_bytes(cfg, 8192, 64, again) + 20 * forward_flops(cfg, 8192)[1]
+        print(f"XL at 256 x 256, 64 samples a GPU (batch 512 on 8){', recomputed' if again else ''}: {total / 1e9:.0f} GB, estimated")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,10 @@ def parser():
     flag(g, "--accumulate", "micro-batches of one process and step (default: 1)", type=positive)
     flag(g, "--grad-checkpoint", "recompute blocks in the backward pass: less memory, more time", action="store_true")
     flag(g, "--workers", "data processes per training process (default: 4 on CUDA; on the CPU 1 for files, else 0)", type=natural)
+    g = p.add_argument_group("what it will take")
+    flag(g, "--plan", "print parameters, FLOPs, memory a GPU and days of this recipe, and stop; needs no data", action="store_true")
+    flag(g, "--gpus", "of the plan (default: 8)", type=positive)
+    flag(g, "--utilisation", "of the plan: share of an H100's 989 TFLOP/s that is reached (default: 0.4)", type=float)
     g = p.add_argument_group("run directory")
     flag(g, "--out", "run directory (default: runs/DATASET)")
     flag(g, "--resume", "auto: continue the run in --out if there is one; or a checkpoint, or a run directory")
@@ -115,7 +119,7 @@ def parser():
 DEFAULTS = dict(dataset="glyphs", data=None, category="all", res=None, points=None, encoder=None, width=None, depth=None,
                 heads=None, latents=None, levels=None, rope=None, seed=0, device="auto", dtype="auto", compile=None,
                 accumulate=1, grad_checkpoint=False, workers=None, out=None, resume=None, log_every=10, save_every=1000,
-                sample_every=1000, keep=1, max_bad_steps=20)
+                sample_every=1000, keep=1, max_bad_steps=20, plan=False, gpus=8, utilisation=0.4)
 
 SCHEDULES = {"constant": lambda progress: 1.0, "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress)}
 
@@ -133,7 +137,7 @@ def settings(argv=None):
     source = None if resume is None else Path(resume) if Path(resume).is_dir() else Path(resume).parent
     if source is not None and "out" not in given:
         out = source
-    if (out / "ckpt.pt").exists() and (source is None or source.resolve() != out.resolve()):
+    if "plan" not in given and (out / "ckpt.pt").exists() and (source is None or source.resolve() != out.resolve()):
         raise InputError(f"{out} holds a run already: continue it with --resume auto, or give another --out")
     if resume is not None:
         ckpt = read_checkpoint(resume)
@@ -146,12 +150,12 @@ def settings(argv=None):
                              f"drop the flag, or start a new run")
     dataset = given.get("dataset") or stored.get("dataset") or DEFAULTS["dataset"]
     recipe, device = RECIPES[dataset], pick_device(given.get("device", "auto"))
-    if dataset in ON_CPU and device.type == "cpu" and not stored and "model" not in given:
+    if dataset in ON_CPU and device.type == "cpu" and not stored and "model" not in given and "plan" not in given:
         recipe = ON_CPU[dataset]
         print0(f"no CUDA device: the small recipe for {dataset}; --model {RECIPES[dataset]['model']} gives the paper's")
     args = argparse.Namespace(**{**DEFAULTS, **recipe, **stored, **given, "dataset": dataset, "out": str(out)})
     for name, low, high in (("ema", 0, 0.9999999), ("drop", 0, 1), ("beta2", 0, 0.999999), ("lr", 1e-12, 1), ("clip", 1e-6, 1e9),
-                            ("guidance", 0, 1e3), ("seed", 0, 2 ** 62)):
+                            ("guidance", 0, 1e3), ("seed", 0, 2 ** 62), ("utilisation", 1e-3, 1)):
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name} {getattr(args, name)}: expected a number between {low:g} and {high:g}")
     return args, given, ckpt
@@ -322,24 +326,59 @@ def build(args, given):
     if (dataset.domain == "image") != image:
         raise InputError(f"--model {args.model} is for {'images' if image else 'points'}, "
                          f"--dataset {args.dataset} holds {dataset.domain}s".replace("pointss", "points"))
-    changes = {k: getattr(args, k) for k in ("width", "depth", "heads", "latents", "levels", "encoder", "rope")}
-    changes = {k: v for k, v in changes.items() if v is not None}
-    changes.update(dict(res=dataset.res) if image else dict(points=dataset.points), n_classes=len(dataset.class_names))
+    size = dict(res=dataset.res) if image else dict(points=dataset.points)
+    return dataset, configure(args, WORLD, n_classes=len(dataset.class_names), **size)
+
+
+def configure(args, processes, **changes):
+    """The model configuration; batch and decoded pairs must fit it and the number of processes."""
+    changes.update({k: getattr(args, k) for k in ("width", "depth", "heads", "latents", "levels", "encoder", "rope")})
     try:
-        cfg = asft.config(args.model, **changes)
+        cfg = asft.config(args.model, **{k: v for k, v in changes.items() if v is not None})
     except ValueError as e:
         raise InputError(str(e)) from e
-    N = cfg.res ** 2 if image else cfg.points
+    N = cfg.res ** 2 if cfg.domain == "image" else cfg.points
     if args.decode > N:
         raise InputError(f"--decode {args.decode}: a training sample has only {N} pairs")
-    if args.batch_size % (WORLD * args.accumulate):
-        raise InputError(f"--batch-size {args.batch_size} is not divisible by {WORLD} processes x "
+    if args.batch_size % (processes * args.accumulate):
+        raise InputError(f"--batch-size {args.batch_size} is not divisible by {processes} processes x "
                          f"{args.accumulate} micro-batches (--accumulate)")
-    return dataset, cfg
+    return cfg
+
+
+def plan(args):
+    """Prints what a recipe takes: estimates from counted FLOPs and counted tensors, without data and without a GPU."""
+    image = asft.PRESETS[args.model].get("domain", "image") == "image"
+    cfg = configure(args, args.gpus, **(dict(res=args.res) if image else dict(points=args.points)))
+    flops, parameters = asft.forward_flops(cfg, args.decode)
+    step_flops = (4 if args.grad_checkpoint else 3) * args.batch_size * flops        # backward: twice the forward
+    micro = args.batch_size // (args.gpus * args.accumulate)
+    state, activations = 20 * parameters, asft.activation_bytes(cfg, args.decode, micro, args.grad_checkpoint)
+    days = args.steps * step_flops / (args.gpus * H100_FLOPS * args.utilisation) / 86400
+    again = ", recomputed" if args.grad_checkpoint else ""
+    print(f"""{args.dataset}: model {args.model} at {f"{cfg.res} x {cfg.res}" if image else f"{cfg.points} points"}, {args.decode} pairs decoded
+parameters       {parameters / 1e6:.1f}M (class embeddings not counted: the data tell how many)
+FLOPs            {flops / 1e9:.1f} GFLOP forward a sample, {step_flops / 1e9:,.0f} GFLOP a step of {args.batch_size} samples{again}
+steps            {args.steps:,}, {args.steps * args.batch_size / 1e6:,.1f}M samples, {args.steps * step_flops / 1e18:,.1f} EFLOP
+memory a GPU     {state / 1e9:.1f} GB weights, gradients, Adam and average in float32
+                 {activations / 1e9:.1f} GB activations of {micro} samples{again}, uncompiled
+                 {(state + activations) / 1e9:.1f} GB in all
+time             {days:,.1f} days on {args.gpus} H100 at {100 * args.utilisation:g} % of {H100_FLOPS / 1e12:g} TFLOP/s in bfloat16
+Estimates: FLOPs and activations are counted, the utilisation is assumed, data and communication are left out.""")
+    if state + activations > 80e9:
+        fits = [(k, again) for again in (False, True) for k in range(1, micro * args.accumulate + 1) if args.batch_size % (args.gpus * k) == 0
+                and state + asft.activation_bytes(cfg, args.decode, args.batch_size // (args.gpus * k), again) <= 75e9][:1]
+        print("That does not fit into 80 GB" + "".join(
+            f"; --accumulate {k}{' --grad-checkpoint' if again else ''} would" for k, again in fits))
+
+
+H100_FLOPS = 989e12               # dense bfloat16, NVIDIA's data sheet of the SXM card
 
 
 def main(argv=None):
     args, given, ckpt = settings(argv)
+    if args.plan:
+        return plan(args)
     dataset, cfg = build(args, given)
     device = start_processes(args.device)
     dtype = pick_dtype(args.dtype, device, "bfloat16" if bfloat16_cpu() else "float32")

@@ -73,6 +73,13 @@ def frechet(a, b, side=8):
     return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
 
 
+def textures(pictures, side=8, count=2):
+    """Plain pixels of patches as features of a picture, for evaluate.py --features: uint8 (B,3,H,W) -> (B, 3 side^2 count^2),
+    from the same count x count places of every picture."""
+    places = [int(pictures.shape[-1] * (i + 1) / (count + 1)) - side // 2 for i in range(count)]
+    return torch.cat([pictures[:, :, y:y + side, x:x + side].flatten(1) for y in places for x in places], 1).float() / 127.5 - 1
+
+
 def sharpness(pictures):
     """Mean over pictures of the steepest 2 % of gradients, in contrasts per pixel."""
     out = []

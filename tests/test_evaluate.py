@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import evaluate
 import sample
 from conftest import ROOT
@@ -402,3 +403,34 @@ def test_point_metrics_touch_no_network_and_continue_from_the_cache(tmp_path, ca
     first = run("--fake", "a.npy", "--real", "b.npy")
     assert "about" in capsys.readouterr().out and len(list((tmp_path / "cache" / "pairs").glob("*.npy"))) == 6
     assert run("--fake", "a.npy", "--real", "b.npy", "--memory", 16, "--workers", 1)["metrics"] == first["metrics"]
+
+
+# --- Tab. 9
+
+def test_upscale_compares_with_enlargements_of_the_same_samples(glyphs_run, tmp_path, monkeypatch, capsys):
+    """If the arms were not the same seeds, or the enlargement another than Pillow's at the finer resolution."""
+    seen, inner = {}, evaluate.extract
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pixelmeans.py").write_text("def features(x):\n    return x[:, :, ::8, ::8].flatten(1).float() / 255\n")
+
+    def extract(items, *rest):
+        seen.setdefault(items.source, []).append(np.stack([items.item(i) for i in range(3)]))
+        return inner(items, *rest)
+    monkeypatch.setattr(evaluate, "extract", extract)
+    words = ["--real", "glyphs:val", "--n", "6", "--steps", "2", "--features", "pixelmeans:features", "--metrics", "fd", "--k", "2"]
+    results = evaluate.main(["upscale", "--fake", str(glyphs_run), "--times", "2", *words, "--json", "up.json"])
+    assert set(results) == {"drawn", "bilinear", "bicubic"} == set(json.loads((tmp_path / "up.json").read_text()))
+    text = capsys.readouterr().out
+    assert "trained at 32 pixels, at 64" in text and "bicubic" in text.splitlines()[-2]
+    assert len({r["metrics"]["fd"] for r in results.values()}) == 3
+    fine, coarse = (next(v for k, v in seen.items() if f"/{side}x{side}-" in k) for side in (64, 32))
+    assert len(fine) == 1 and len(coarse) == 2 and all(x.shape == (3, 64, 64, 3) for x in fine + coarse)
+    folder = next(k for k in seen if "/32x32-" in k)
+    for pictures, how in zip(coarse, (Image.BILINEAR, Image.BICUBIC)):
+        small = Image.open(f"{folder}/000001.png")
+        assert (pictures[1] == np.asarray(small.resize((64, 64), how))).all()
+    for bad, word in ((["--res", "64"], "--res"), (["--fake", "glyphs"], "--fake")):
+        with pytest.raises(data.InputError, match=word):
+            evaluate.main(["upscale", "--fake", str(glyphs_run), *words, *bad])
+    with pytest.raises(data.InputError, match="--res is missing"):
+        evaluate.main(["--fake", folder, "--enlarge", "bicubic", *words])

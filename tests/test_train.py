@@ -601,3 +601,66 @@ def test_every_recipe_builds(tmp_path):
         size = dict(points=r["points"]) if "points" in r else dict(res=r.get("res", 32))
         cfg = asft.config(r["model"], **size)
         assert r["decode"] <= (cfg.res ** 2 if cfg.domain == "image" else cfg.points), name
+
+
+# --- the plan, and what the host waits for
+
+def test_plan_needs_neither_data_nor_gpu(tmp_path, capsys, monkeypatch):
+    """If the plan read data, wrote a run, or its figures were not those of the flags."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--plan", "--dataset", "imagenet256", "--model", "S", "--batch-size", "256"])
+    text = capsys.readouterr().out
+    forward, steps = asft.forward_flops(asft.config("S"), 8192)[0], 1_700_000
+    days = steps * 3 * 256 * forward / (8 * 989e12 * 0.4) / 86400
+    assert f"{forward / 1e9:.1f} GFLOP forward" in text and f"{days:,.1f} days on 8 H100 at 40 %" in text
+    assert "435.2M samples" in text and "36.6M" in text and not list(tmp_path.iterdir())
+    train.main(["--plan", "--dataset", "imagenet256", "--model", "S", "--batch-size", "256", "--gpus", "4", "--utilisation", "0.8",
+                "--grad-checkpoint"])
+    text = capsys.readouterr().out
+    assert f"{4 / 3 * days:,.1f} days on 4 H100 at 80 %" in text and "64 samples, recomputed" in text
+    train.main(["--plan", "--dataset", "shapenet"])
+    assert "point-B at 2048 points" in capsys.readouterr().out
+    for words in (["--gpus", "3"], ["--utilisation", "2"], ["--decode", "70000"]):
+        with pytest.raises(data.InputError, match=words[0] if words[0] != "--gpus" else "3 processes"):
+            train.main(["--plan", "--dataset", "imagenet256", *words])
+
+
+def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch):
+    """If anything in a step read a number back to the host, or a shape from the data: on a GPU each would be a wait. Seen
+    here as the operators that do so, in the steps between two lines of the log."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    seen, active = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if active and name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"):
+                seen.append(name)
+            return function(*args, **(kwargs or {}))
+    loss, update = train.micro_loss, train.update
+    monkeypatch.setattr(train, "micro_loss", lambda *a: active.append(1) or loss(*a))
+    monkeypatch.setattr(train, "update", lambda *a: (update(*a), active.clear())[0])
+    with Watch():
+        trained(tmp_path / "glyphs", "--steps", 4, "--log-every", 4)
+        trained(tmp_path / "solids", "--steps", 3, "--log-every", 3, "--dataset", "solids", "--points", 64)
+        assert seen == []
+        active.append(1)
+        torch.ones(1).item()
+        assert seen == ["_local_scalar_dense"]                         # the watch sees what it should
+
+
+def test_an_evaluation_never_waits_for_the_device():
+    """If the sampler read numbers back between or inside steps (dopri5 must, to choose the next one)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+    torch.manual_seed(0)
+    model = asft.ASFT(asft.config("tiny", width=32, depth=2, heads=2, latents=16, n_classes=5)).eval()
+    velocity = sample.Velocity(model, asft.image_coords(32), torch.tensor([1, 2]), guidance=2.0, chunk=500, context=32 ** 2)
+    with torch.no_grad(), Watch():
+        velocity(torch.randn(2, 32 ** 2, 3), 0.5)
+    assert len(seen) > 100 and not {"_local_scalar_dense", "nonzero", "equal"} & set(seen)
