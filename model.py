@@ -325,6 +325,8 @@ def time_features(t, width=256):
 
 def repeat_to(x, B):
     """Repeat what does not see the condition for the halves of guidance: (b, ...) -> (B, ...), b divides B."""
+    if x.shape[0] == 1:
+        return x.expand(B, *x.shape[1:])                                 # no copy
     return x if x.shape[0] == B else x.repeat(B // x.shape[0], *[1] * (x.dim() - 1))
 
 

@@ -500,6 +500,9 @@ def write_cloud(stem, points):
     write_atomic(at(".npy"), lambda f: np.save(f, points))
 
 
+PART = 2 ** 20            # queries; the state of that many and their noise are some 100 MB
+
+
 def cut(size, crop, share, image):
     """The parts in which a sample is drawn: runs of points, or bands of rows (of whole tiles where they are that high), of at
     most PART queries, and so many that `share` processes find work; [None] where the sample is drawn whole."""
@@ -511,9 +514,6 @@ def cut(size, crop, share, image):
         rows = rows // TILE * TILE
     cuts = [(i, min(i + rows, last)) for i in range(first, last, rows)]
     return [(crop[0], a, crop[2], b) for a, b in cuts] if image else cuts
-
-
-PART = 2 ** 20            # queries; the state of that many and their noise are some 100 MB
 
 
 def part_file(stem, part, image):
@@ -740,8 +740,8 @@ def main(argv=None):
         raise InputError(f"--npz: expected pictures of at most {2 ** 26} pixels; larger ones are written as .png alone")
     dtype = pick_dtype(args.dtype, device, "float32")
     setting = dict(ckpt=str(path), ckpt_sha256=None, step=step, dataset=trained.get("dataset"),
-                   category=trained.get("category"), model=trained.get("model"), weights=args.weights, size=size, crop=args.crop and crop, zoom=at,
-                   seed=args.seed, solver=args.solver or sampling["solver"], steps=args.steps or sampling["steps"],
+                   category=trained.get("category"), model=trained.get("model"), weights=args.weights, size=size,
+                   crop=args.crop and crop, zoom=at, seed=args.seed, solver=args.solver or sampling["solver"], steps=args.steps or sampling["steps"],
                    guidance=sampling["guidance"] if args.guidance is None else args.guidance,
                    diffusion=args.diffusion, classes=args.classes, dtype="float32" if dtype is None else "bfloat16")
     if not names:
@@ -785,8 +785,11 @@ def main(argv=None):
     if len(parts) > 1:
         for i in todo:
             stem(i).with_name(stem(i).name + ".parts").mkdir(exist_ok=True)
-        jobs = [([i], part) for i in todo for k, part in enumerate(parts)
-                if not (together and (i * len(parts) + k) % WORLD != RANK or part_file(stem(i), part, image).exists())]
+        every = [([i], part) for i in todo for part in parts]
+        jobs = [job for job in (every[RANK::WORLD] if together else every) if not part_file(stem(job[0][0]), job[1], image).exists()]
+        ready = sum(part_file(stem(i), part, image).exists() for (i,), part in every)
+        if ready:
+            print0(f"{ready} of {len(every)} parts of this setting are in {out} already")
     else:
         jobs = [(todo[first:first + batch], crop if args.crop else None) for first in range(0, len(todo), batch)]
 
@@ -795,8 +798,6 @@ def main(argv=None):
            + (f"{WORLD} x " if WORLD > 1 else "") + str(device) + (f", each in {len(parts)} parts" if len(parts) > 1 else ""))
     if len(todo) < len(mine):
         print0(f"{len(mine) - len(todo)} samples of this setting are in {out} already")
-    if len(parts) > 1 and len(jobs) < len(todo) * (1 if together else len(parts)):
-        print0(f"{len(todo) * len(parts) - len(jobs)} parts of this setting are in {out} already")
     nfe, started = None, time.time()
     evaluations = setting["steps"] * (2 if setting["solver"] == "heun" else 1)       # of dopri5: at most
     count = lambda part: queries if part is None else (part[2] - part[0]) * (part[3] - part[1]) if image else part[1] - part[0]
