@@ -935,10 +935,15 @@ def check_pair(fake, real, names):
         warn(f"file types differ: the samples are {fake.file_type}, the reference {real.file_type}; compression alone moves FID")
 
 
-def upscale(argv):
-    """python evaluate.py upscale: Tab. 9, samples drawn --times finer than trained against enlargements of the same seeds'."""
+def upscale_parser():
     p = parser()
     p.add_argument("--times", type=positive, default=4, help="how much finer than the resolution trained on (default: 4)")
+    return p
+
+
+def upscale(argv):
+    """python evaluate.py upscale: Tab. 9, samples drawn --times finer than trained against enlargements of the same seeds'."""
+    p = upscale_parser()
     args = p.parse_args(argv)
     if not (args.fake and is_checkpoint(args.fake) and args.real):
         raise InputError("upscale: expected --fake with a checkpoint or run directory, and --real with what to compare with")

@@ -877,5 +877,9 @@ if __name__ == "__main__":
         if RANK == 0 or dist.is_initialized():                         # what concerns every process is said once
             print(f"sample.py: {one_line(e)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if RANK == 0:
+            print("sample.py: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -63,7 +63,7 @@ def close(a, b, tolerance=2e-5):
 
 def plain_window_encoder(encoder, latents, x, key_bias):
     """Keys and values of every pixel, one query per window, torch's attention: what the absorbed form replaces."""
-    H = encoder.heads
+    B, H = x.shape[1], encoder.heads
     x = x.transpose(0, 1)                                                      # (B, L, n, D)
     split = lambda z: z.unflatten(-1, (H, -1)).transpose(-2, -3)               # (B, L, H, ., d)
     q = split(encoder.q(latents)[None, :, None]).expand(B, -1, -1, -1, -1)

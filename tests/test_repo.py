@@ -199,6 +199,8 @@ def test_readme_commands_parse():
         for line in block.replace("\\\n", " ").replace("&&", "\n").splitlines():
             words = shlex.split(line, comments=True)
             for name, parser in scripts.items():
+                if words[1:3] == ["evaluate.py", "upscale"] and name == "evaluate.py":
+                    parser, name = evaluate.upscale_parser(), "upscale"
                 if name in words and "stats" not in words:
                     parser.parse_args(words[words.index(name) + 1:])
                     found += 1
