@@ -801,8 +801,9 @@ def main(argv=None):
     nfe, started = None, time.time()
     evaluations = setting["steps"] * (2 if setting["solver"] == "heun" else 1)       # of dopri5: at most
     count = lambda part: queries if part is None else (part[2] - part[0]) * (part[3] - part[1]) if image else part[1] - part[0]
-    with tqdm(total=sum(len(i) * count(part) for i, part in jobs) * (4 if at else 1), unit="pixel" if image else "point",
-              unit_scale=True, desc="sampling", disable=None if RANK == 0 else True) as bar, autocast(device, dtype):
+    unit, total, finished, told = "pixel" if image else "point", sum(len(i) * count(part) for i, part in jobs), 0, started
+    with tqdm(total=total * (4 if at else 1), unit=unit, unit_scale=True, desc="sampling",
+              disable=None if RANK == 0 else True) as bar, autocast(device, dtype):
 
         def draw(indices, size, part):
             """Samples, or a part of them, as (B, M, 3); the bar runs on."""
@@ -820,6 +821,10 @@ def main(argv=None):
             return encode_image(x, box[3] - box[1], box[2] - box[0])
 
         for indices, part in jobs:
+            if not sys.stderr.isatty() and finished and time.time() - told > 10:               # no bar there: a line now and then
+                told = time.time()
+                print0(f"{finished:,} of {total:,} {unit}s, {(told - started) * (total / finished - 1) / 60:.1f} min left")
+            finished += len(indices) * count(part)
             if at:
                 view = lambda size, box: pixels(draw(indices, size, box)[0], box)
                 write_picture(out / f"{indices[0]:06d}.png", np.asarray(grid_picture(zoom(view, size, at), columns=4)))

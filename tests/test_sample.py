@@ -764,6 +764,16 @@ def test_cut():
     assert sample.cut(10001, None, 2, False) == [(0, 5001), (5001, 10001)]
 
 
+def test_long_runs_tell_how_far_they_are(lively, tmp_path, monkeypatch, capsys):
+    """If hours of sampling into a log file said nothing: pixels done, pixels in all, minutes left."""
+    clock = iter(range(0, 10 ** 6, 6))
+    monkeypatch.setattr(sample, "PART", 64 * 64)
+    monkeypatch.setattr(sample.time, "time", lambda: next(clock))
+    drawn(lively["images"], tmp_path, "--n", 1, "--res", "256x64", "--steps", 1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "min left" in line]
+    assert lines and all(f"of {256 * 64:,} pixels" in line for line in lines) and lines[0].startswith(("4,096", "8,192"))
+
+
 def test_streamed_png_is_read_by_others(tmp_path):
     """If the PNG writer broke the format: header, filter across bands, checksums."""
     pixels = np.random.default_rng(0).integers(0, 256, (77, 33, 3), dtype=np.uint8)
