@@ -174,9 +174,10 @@ def folder_set(path, args):
     image = domain == "image"
     read = (lambda i: fitted(enlarged(data.read_image(files[i]), args), args.res)) if image else (lambda i: read_cloud(files[i]))
     size, named = record.get("size"), record.get("dataset")
+    whole = named and not (record.get("crop") or record.get("zoom"))           # the paper has no figure of a crop
     return Set(source=str(path), domain=domain, count=len(files), item=read, name=lambda i: str(files[i]),
                file_type=file_types(files), normalisation=record.get("normalisation"), record=record,
-               dataset=(named, (size[0] if size else None) if image else record.get("category")) if named and not record.get("crop") else None)
+               dataset=(named, (size[0] if size else None) if image else record.get("category")) if whole else None)
 
 
 ENLARGE = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}

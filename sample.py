@@ -353,17 +353,19 @@ def generate(model, indices, seed=0, size=None, label=None, tokens=None, guidanc
 def zoom(part_of, size, at, views=4, finer=4):
     """Pictures (H, W, 3) of one sample around the point `at` (x, y in [0, 1]), each `finer` times finer than the one before,
     with the frame of the next in it. part_of(size, box) draws a box of the sample at a size: uint8."""
-    pictures = []
+    def around(full, height, width):
+        """Upper left corner of the box of this size that lies around `at` in the full picture."""
+        return [min(max(round(a * big - side / 2), 0), big - side) for a, big, side in zip(at, full[::-1], (width, height))]
+
+    pictures, (H, W) = [], size
     for level in range(views):
-        scale = finer ** level
-        (H, W), full = size, tuple(scale * side for side in size)
-        x0, y0 = (min(max(round(a * big - side / 2), 0), big - side) for a, big, side in zip(at, full[::-1], size[::-1]))
+        full = H * finer ** level, W * finer ** level
+        x0, y0 = around(full, H, W)
         picture = Image.fromarray(part_of(full, (x0, y0, x0 + W, y0 + H)))
         if level + 1 < views:
-            w, h = W // finer, H // finer
-            x, y = (min(max(round(a * big - inner / 2), 0), big - inner) - corner
-                    for a, big, inner, corner in zip(at, full[::-1], (w, h), (x0, y0)))
-            ImageDraw.Draw(picture).rectangle((x - 1, y - 1, x + w, y + h), outline="red")
+            h, w = H // finer, W // finer
+            x, y = around(full, h, w)
+            ImageDraw.Draw(picture).rectangle((x - x0 - 1, y - y0 - 1, x - x0 + w, y - y0 + h), outline="red")
         pictures.append(np.asarray(picture))
     return pictures
 
@@ -457,11 +459,15 @@ def remove_sample(out, name):
     remove_parts(stem)
 
 
+def parts_directory(stem):
+    return stem.with_name(stem.name + ".parts")
+
+
 def remove_parts(stem):
-    for part in stem.with_name(stem.name + ".parts").glob("*-*.*"):
+    for part in parts_directory(stem).glob("*-*.*"):
         part.unlink()
-    if stem.with_name(stem.name + ".parts").is_dir():
-        stem.with_name(stem.name + ".parts").rmdir()
+    if parts_directory(stem).is_dir():
+        parts_directory(stem).rmdir()
 
 
 def begin_samples(out, record):
@@ -519,7 +525,7 @@ def cut(size, crop, share, image):
 def part_file(stem, part, image):
     """Where a finished part of a sample waits for the others; named by its rows or points."""
     first, last = part[1::2] if image else part
-    return stem.with_name(stem.name + ".parts") / f"{first:09d}-{last:09d}{'.png' if image else '.npy'}"
+    return parts_directory(stem) / f"{first:09d}-{last:09d}{'.png' if image else '.npy'}"
 
 
 def join_parts(stem, parts, image):
@@ -736,12 +742,15 @@ def main(argv=None):
         raise InputError(f"--zoom chooses its own crops and writes pictures: drop --{'crop' if args.crop else 'npz'}")
     crop = parse_crop(args.crop, size) if args.crop else (0, 0, size[1], size[0]) if image else None
     at = parse_zoom(args.zoom) if args.zoom else None
-    if args.npz and (crop[2] - crop[0]) * (crop[3] - crop[1]) > 2 ** 26:
+    count = lambda part: (part[2] - part[0]) * (part[3] - part[1]) if image else part[1] - part[0]     # its queries
+    queries = count(crop if image else (0, size))
+    if args.npz and queries > 2 ** 26:
         raise InputError(f"--npz: expected pictures of at most {2 ** 26} pixels; larger ones are written as .png alone")
     dtype = pick_dtype(args.dtype, device, "float32")
     setting = dict(ckpt=str(path), ckpt_sha256=None, step=step, dataset=trained.get("dataset"),
                    category=trained.get("category"), model=trained.get("model"), weights=args.weights, size=size,
-                   crop=args.crop and crop, zoom=at, seed=args.seed, solver=args.solver or sampling["solver"], steps=args.steps or sampling["steps"],
+                   crop=args.crop and crop, zoom=at, seed=args.seed, solver=args.solver or sampling["solver"],
+                   steps=args.steps or sampling["steps"],
                    guidance=sampling["guidance"] if args.guidance is None else args.guidance,
                    diffusion=args.diffusion, classes=args.classes, dtype="float32" if dtype is None else "bfloat16")
     if not names:
@@ -760,7 +769,6 @@ def main(argv=None):
     run = path if path.is_dir() else path.parent
     out = Path(args.out) if args.out else run / "samples" / \
         f"{tag}-{setting['solver']}{setting['steps']}-g{setting['guidance']:g}-seed{args.seed}-step{step}"
-    queries = (crop[2] - crop[0]) * (crop[3] - crop[1]) if image else size
     # what is not trained on can be shared out among processes, where there are more of them than samples
     whole = at or size == ((cfg.res, cfg.res) if image else cfg.points)
     parts = [None] if whole else cut(size, crop, math.ceil(WORLD / args.n), image)
@@ -784,7 +792,7 @@ def main(argv=None):
     todo = [i for i in mine if not done(i)]
     if len(parts) > 1:
         for i in todo:
-            stem(i).with_name(stem(i).name + ".parts").mkdir(exist_ok=True)
+            parts_directory(stem(i)).mkdir(exist_ok=True)
         every = [([i], part) for i in todo for part in parts]
         jobs = [job for job in (every[RANK::WORLD] if together else every) if not part_file(stem(job[0][0]), job[1], image).exists()]
         ready = sum(part_file(stem(i), part, image).exists() for (i,), part in every)
@@ -800,8 +808,7 @@ def main(argv=None):
         print0(f"{len(mine) - len(todo)} samples of this setting are in {out} already")
     nfe, started = None, time.time()
     evaluations = setting["steps"] * (2 if setting["solver"] == "heun" else 1)       # of dopri5: at most
-    count = lambda part: queries if part is None else (part[2] - part[0]) * (part[3] - part[1]) if image else part[1] - part[0]
-    unit, total, finished, told = "pixel" if image else "point", sum(len(i) * count(part) for i, part in jobs), 0, started
+    unit, total, finished, told = "pixel" if image else "point", sum(len(i) * (count(part) if part else queries) for i, part in jobs), 0, started
     with tqdm(total=total * (4 if at else 1), unit=unit, unit_scale=True, desc="sampling",
               disable=None if RANK == 0 else True) as bar, autocast(device, dtype):
 
@@ -809,12 +816,13 @@ def main(argv=None):
             """Samples, or a part of them, as (B, M, 3); the bar runs on."""
             nonlocal nfe
             label, start = torch.tensor([labels[i] for i in indices], device=device) if names else None, bar.n
-            advance = lambda share: bar.update(len(indices) * count(part) * share / evaluations)
+            work = len(indices) * (count(part) if part else queries)
+            advance = lambda share: bar.update(work * share / evaluations)
             x, nfe = generate(model, indices, args.seed, size, label, None, setting["guidance"], setting["solver"],
                               setting["steps"], args.chunk, config["path"], args.diffusion, part, advance)
             if not x.isfinite().all():
                 raise InputError(f"{path}: its {args.weights} weights give non-finite samples; try another checkpoint")
-            bar.update(start + len(indices) * count(part) - bar.n)     # dopri5 needed fewer evaluations
+            bar.update(start + work - bar.n)                           # dopri5 needed fewer evaluations
             return x
 
         def pixels(x, box):
@@ -824,18 +832,17 @@ def main(argv=None):
             if not sys.stderr.isatty() and finished and time.time() - told > 10:               # no bar there: a line now and then
                 told = time.time()
                 print0(f"{finished:,} of {total:,} {unit}s, {(told - started) * (total / finished - 1) / 60:.1f} min left")
-            finished += len(indices) * count(part)
+            finished += len(indices) * (count(part) if part else queries)
             if at:
                 view = lambda size, box: pixels(draw(indices, size, box)[0], box)
                 write_picture(out / f"{indices[0]:06d}.png", np.asarray(grid_picture(zoom(view, size, at), columns=4)))
                 continue
             for i, x in zip(indices, draw(indices, size, part)):
-                if len(parts) > 1:
-                    write = (lambda f: Image.fromarray(pixels(x, part)).save(f, "PNG")) if image else \
-                            (lambda f: np.save(f, x.cpu().numpy()))
-                    write_atomic(part_file(stem(i), part, image), write)
-                elif image:
-                    write_picture(out / f"{i:06d}.png", pixels(x, crop))
+                if image:
+                    file, box = (part_file(stem(i), part, image), part) if len(parts) > 1 else (out / f"{i:06d}.png", crop)
+                    write_picture(file, pixels(x, box))
+                elif len(parts) > 1:
+                    write_atomic(part_file(stem(i), part, image), lambda f: np.save(f, x.cpu().numpy()))
                 else:
                     write_cloud(stem(i), x.cpu().numpy())
             if len(parts) > 1 and not together and all(part_file(stem(indices[0]), p, image).exists() for p in parts):
