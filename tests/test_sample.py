@@ -817,9 +817,9 @@ import resource, sys, torch, sample
 if sys.argv[1] == "keep":
     sample.keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for i in range(6):
+for i in range(12):           # a second area may be taken once, where something small settled in the first
     torch.ones(2 ** 24)
-    start = start if i > 1 else faults()
+    start = start if i > 5 else faults()
 print(faults() - start)
 """
     faults = {how: int(subprocess.run([sys.executable, "-c", program, how], cwd=ROOT, capture_output=True, text=True,
