@@ -7,19 +7,31 @@ given, `label` the class, `i` an item of a dataset, `k` a position in a run, `re
 |-----------|--------|------------------------------------------|------------------------------|----------------------|
 | glyphs    | image  | nothing: letters and digits, drawn       | 36                           | uint8 (R,R,3) 0..255 |
 | solids    | points | nothing: tables, mugs, ... of triangles  | 7                            | float32 (P,3) -1..1  |
-| folder    | image  | any directory of pictures                | its sub-directories, or none | uint8 (R,R,3) 0..255 |
+| folder    | image  | a directory of pictures, .zip, lmdb,     | its sub-directories, or none | uint8 (R,R,3) 0..255 |
+|           |        | or what `python data.py pack` made of it |                              |                      |
 | npz       | image  | one .npz with `images`, perhaps `labels` | its labels, or none          | uint8 (R,R,3) 0..255 |
-| shapenet  | points | PointFlow's tree of .npy clouds          | none, or its categories      | float32 (P,3) -1..1  |
+| shapenet  | points | PointFlow's tree of .npy clouds, .hdf5   | none, or its categories      | float32 (P,3) -1..1  |
+| objaverse | points | .npz per object: a cloud and the tokens  | none; conditioned on tokens  | float32 (P,3) -1..1, |
+|           |        | of pictures of it                        |                              | float32 (T,C) tokens |
 
 Units: pixels leave `decode_values` in [-1,1]; points are in the units of their own bounding box, which is centred at
 the origin with its longest side on [-1,1], y up. Item (i, rng) is a pure function of its arguments, and batch s of a
 run a pure function of (dataset, seed, s), so neither resuming nor another number of processes changes what is read.
+
+`python data.py COMMAND` makes sets ready ahead of training: pack, check, stats, sample-meshes, render, tokens.
 """
+import argparse
 import atexit
+import collections
 import colorsys
+import csv
 import functools
+import hashlib
+import importlib
 import inspect
+import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -33,6 +45,7 @@ import zlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
 
 class InputError(ValueError):
@@ -41,7 +54,7 @@ class InputError(ValueError):
 
 # Seeds are tuples, tagged so that no two purposes share a stream. Tags come first: NumPy's SeedSequence pads with
 # zeros, so (1, 2) and (1, 2, 0) would be one seed.
-ITEM, POINTS, ORDER = 101, 102, 103
+ITEM, POINTS, ORDER, SURFACE = 101, 102, 103, 104
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
 
@@ -353,7 +366,7 @@ class Folder:
         path = os.fspath(path)
         if not os.path.isdir(path):
             raise InputError(f"{path}: no such directory; expected {self.needs}")
-        files = find_pictures(path)
+        files = find_files(path, EXTENSIONS)
         if not files:
             raise InputError(f"{path}: no pictures in it; expected {self.needs} ({' '.join(sorted(EXTENSIONS))})")
         tops = top_folders(path, files)
@@ -376,8 +389,8 @@ class Folder:
         return mirrored(pixels, rng if self.flip else None), self.labels[i]
 
 
-def find_pictures(path):
-    """All picture files below path, sorted; follows links, but enters no directory twice on one way down."""
+def find_files(path, suffixes):
+    """All files of these suffixes below path, sorted; follows links, but enters no directory twice on one way down."""
     found, todo = [], [(path, (os.path.realpath(path),))]
     while todo:
         folder, above = todo.pop()
@@ -389,7 +402,7 @@ def find_pictures(path):
             real = os.path.realpath(entry.path) if entry.is_dir() else None
             if real and real not in above:
                 todo.append((entry.path, above + (real,)))
-            elif not real and os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+            elif not real and os.path.splitext(entry.name)[1].lower() in suffixes and entry.is_file():
                 found.append(entry.path)
     return sorted(found)
 
@@ -605,7 +618,84 @@ class ShapeNet:
         return cloud[start:start + self.points].copy(), self.labels[i]
 
 
-DATASETS = {"glyphs": Glyphs, "solids": Solids, "folder": Folder, "npz": Npz, "shapenet": ShapeNet}
+# ---------------------------------------------------------------------------------------------------------------------
+# Objaverse: clouds with condition tokens of pictures (App. G).
+
+class Objaverse:
+    """One .npz per object with `xyz` floats (n,3) and `cond_token` floats (T,C), INRFlow's layout, at any depth; under
+    train/, val/, test/ where there are such. `item` -> float32 (P,3) in [-1,1], label 0, tokens float32 (T,C).
+
+    rng picks P of the points at random. Where `python data.py tokens` wrote the set, tokens.json beside it says what the
+    tokens are (`spec`, else None), and rng also picks the views: both for half of the items, else one of the two,
+    given twice, which attention cannot tell from once. Raises InputError for a directory without such files and, from
+    `item`, for a file that is not as above.
+    """
+    needs = "a directory of .npz files, one per object, of `xyz` floats (n,3) and `cond_token` floats (T,C)"
+    domain = "points"
+    class_names = []
+
+    def __init__(self, path, points=16384, split="train"):
+        split_code(split)
+        self.points, path = at_least_one("points", points), os.fspath(path)
+        if not os.path.isdir(path):
+            raise InputError(f"{path}: no such directory; expected {self.needs}")
+        self.spec = read_spec(path)
+        if any(os.path.isdir(os.path.join(path, part)) for part in SPLITS):
+            path = os.path.join(path, split)
+        self.files = find_files(path, {".npz"}) if os.path.isdir(path) else []
+        if not self.files:
+            raise InputError(f"{path}: no .npz file in it; expected {self.needs}")
+        self.n_tokens, self.token_dim = self.read(0)[1].shape
+
+    def __len__(self):
+        return len(self.files)
+
+    def read(self, i):
+        file, arrays = self.files[i], read_npz(self.files[i], ("xyz", "cond_token"))
+        for key, width in (("xyz", 3), ("cond_token", None)):
+            found = arrays.get(key)
+            if found is None or found.dtype.kind != "f" or found.ndim != 2 or width not in (None, found.shape[1]):
+                what = "missing" if found is None else f"{found.dtype} {found.shape}"
+                raise InputError(f"{file}: `{key}` is {what}; expected floats ({'n,3' if width else 'T,C'})")
+        xyz, tokens = arrays["xyz"], arrays["cond_token"].astype(np.float32)
+        if not np.isfinite(tokens).all():
+            raise InputError(f"{file}: `cond_token` holds numbers that are not finite")
+        if len(xyz) < self.points:
+            raise InputError(f"{file}: found {len(xyz)} points; expected at least the {self.points} asked for")
+        return xyz, tokens
+
+    def item(self, i, rng=None):
+        xyz, tokens = self.read(i)
+        if tokens.shape != (self.n_tokens, self.token_dim):
+            raise InputError(f"{self.files[i]}: `cond_token` is {tokens.shape}; expected {(self.n_tokens, self.token_dim)} "
+                             f"as in {self.files[0]}")
+        try:
+            cloud = normalise(xyz)[0]
+        except InputError as error:
+            raise InputError(f"{self.files[i]}: {error}") from None
+        if rng is None:
+            return cloud[:self.points].copy(), 0, tokens
+        if self.spec is not None and self.spec["views"] == 2 and (u := rng.random()) < 0.5:
+            tokens = np.concatenate(2 * [tokens[:self.n_tokens // 2] if u < 0.25 else tokens[self.n_tokens // 2:]])
+        return cloud[rng.choice(len(cloud), self.points, replace=False)], 0, tokens
+
+
+def read_spec(path):
+    """What path/tokens.json says of the tokens beside it (features, size, views, ...); None where there is none."""
+    path = os.path.join(path, "tokens.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            spec = json.load(file)
+        if spec["features"] not in FEATURES or spec["views"] not in (1, 2) or spec["size"] % PATCH or spec["size"] < PATCH:
+            raise ValueError("an entry is out of range")
+        return spec
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not written by data.py tokens ({one_line(error)})") from None
+
+
+DATASETS = {"glyphs": Glyphs, "solids": Solids, "folder": Folder, "npz": Npz, "shapenet": ShapeNet, "objaverse": Objaverse}
 
 
 def load(name, path=None, res=None, points=None, category="all", split="train", flip=False):
@@ -640,15 +730,15 @@ def item_index(n, seed, k):
 
 
 class Run(torch.utils.data.Dataset):
-    """run[k] -> (tensor, label): the item at position k, augmented by a generator of (seed, k) alone."""
+    """run[k] -> (tensor, label), perhaps tokens: the item at position k, augmented by a generator of (seed, k) alone."""
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, k):
         i = item_index(len(self.dataset), self.seed, k)
-        array, label = self.dataset.item(i, np.random.default_rng((self.seed, k)))
-        return torch.from_numpy(array), label
+        array, label, *tokens = self.dataset.item(i, np.random.default_rng((self.seed, k)))
+        return torch.from_numpy(array), label, *map(torch.from_numpy, tokens)
 
     def __getitems__(self, positions):
         # What torch's DataLoader calls for a batch. An exception would come back wrapped in the worker's traceback.
@@ -661,8 +751,8 @@ class Run(torch.utils.data.Dataset):
 def collate(samples):
     if isinstance(samples, InputError):
         return samples
-    arrays, labels = zip(*samples)
-    return torch.stack(arrays), torch.tensor(labels, dtype=torch.int64)
+    arrays, labels, *tokens = zip(*samples)
+    return torch.stack(arrays), torch.tensor(labels, dtype=torch.int64), *map(torch.stack, tokens)
 
 
 def start_worker(_):
@@ -681,11 +771,11 @@ def positions(step, batch_size, micro, rank, world):
 
 
 def loader(dataset, seed, step, batch_size, micro, rank=0, world=1, workers=0, pin=False):
-    """Endless iterator of micro-batches (values, labels) from optimizer step `step` on.
+    """Endless iterator of micro-batches (values, labels), or (values, labels, tokens), from optimizer step `step` on.
 
     Step s reads run positions s*batch_size .. (s+1)*batch_size-1; rank r has the r-th of `world` equal blocks of them,
     cut in order into micro-batches: the same batches for every world, micro and workers.
-    values: uint8 (micro,R,R,3) or float32 (micro,P,3); labels: int64 (micro,).
+    values: uint8 (micro,R,R,3) or float32 (micro,P,3); labels: int64 (micro,); tokens: float32 (micro,T,C).
     Raises InputError at once for sizes that do not divide, and while iterating for an item that cannot be read.
     """
     at_least_one("micro-batch", micro)
@@ -693,14 +783,17 @@ def loader(dataset, seed, step, batch_size, micro, rank=0, world=1, workers=0, p
         raise InputError(f"batch size {batch_size}: expected a multiple of {world} processes x micro-batch {micro}")
     if seed < 0 or step < 0 or workers < 0:
         raise InputError(f"seed {seed}, step {step}, workers {workers}: none may be negative")
-    # fork shares the dataset's arrays with the workers; elsewhere than on Linux it is unsafe or missing
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None) if workers else None
     source = torch.utils.data.DataLoader(
         Run(dataset, seed), batch_sampler=positions(step, batch_size, micro, rank, world), collate_fn=collate,
         num_workers=workers, worker_init_fn=start_worker, persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None, multiprocessing_context=context, pin_memory=pin,
+        prefetch_factor=4 if workers else None, multiprocessing_context=context(workers), pin_memory=pin,
         generator=torch.Generator())                  # its own, or it would draw from the global one
     return unwrap(source)
+
+
+def context(workers):
+    """How worker processes start: fork shares the dataset's arrays; elsewhere than on Linux it is unsafe or missing."""
+    return multiprocessing.get_context("fork" if sys.platform == "linux" else None) if workers else None
 
 
 def unwrap(source):
@@ -710,8 +803,7 @@ def unwrap(source):
     for batch in batches:
         if isinstance(batch, InputError):
             raise batch
-        values, labels = batch
-        yield values, labels
+        yield tuple(batch)
 
 
 def decode_values(batch, device):
@@ -726,3 +818,570 @@ def encode_image(values, height, width):
     """The way back for one picture: (height*width,3) in [-1,1], clamped and rounded -> uint8 array (height,width,3)."""
     pixels = ((torch.as_tensor(values).detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).reshape(height, width, 3).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meshes: surfaces to sample points from, and to render.
+
+def read_mesh(path):
+    """The surface in a mesh file: (triangles float64 (T,3,3), colours uint8 (T,3) or None), in the file's units and axes.
+
+    Polygons become fans of triangles. Colours are an OBJ's materials (Kd), the mean of a PLY's vertices, or what
+    trimesh makes of a GLB's textures. Raises InputError naming the path.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in MESHES:
+        raise InputError(f"{path}: expected a mesh, one of {' '.join(MESHES)}")
+    try:
+        triangles, colours = MESHES[suffix](path)
+    except InputError:
+        raise
+    except Exception as error:                      # broken files make any parser raise nearly anything
+        raise InputError(f"{path}: cannot be read as a {suffix} mesh ({one_line(error)})") from None
+    size = areas(triangles)
+    if not np.isfinite(size).all() or not size.any():
+        raise InputError(f"{path}: found {len(size)} triangles without a finite area; expected a surface")
+    return triangles, colours
+
+
+def areas(triangles):
+    return np.linalg.norm(np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]), axis=1) / 2
+
+
+def fans(points, polygons):
+    """Polygons, lists of indices into points (V,3) -> (triangles float64 (T,3,3), the polygon of each (T,))."""
+    points = np.asarray(points, np.float64).reshape(-1, 3)
+    table = [(face[0], face[k], face[k + 1], i) for i, face in enumerate(polygons) for k in range(1, len(face) - 1)]
+    table = np.array(table, np.int64).reshape(-1, 4)
+    if len(table) and not 0 <= table[:, :3].min() <= table[:, :3].max() < len(points):
+        raise ValueError(f"a face names a point that is not among its {len(points)}")
+    return points[table[:, :3]], table[:, 3]
+
+
+def read_off(path):
+    """Geomview's OFF; in ModelNet's files the counts may follow the word without a space."""
+    with open(path, encoding="latin-1") as file:
+        words = " ".join(line.split("#")[0] for line in file)
+        file.seek(0)
+        rows = [row for row in (line.split("#")[0].split() for line in file) if row]
+    if not words.lstrip().upper().startswith("OFF"):
+        raise ValueError("it does not begin with OFF")
+    counts = [rows[0][0][3:], *rows[0][1:]] if len(rows[0]) > 1 or len(rows[0][0]) > 3 else rows.pop(1)
+    n_points, n_faces = [int(word) for word in counts if word][:2]
+    points, faces = rows[1:1 + n_points], rows[1 + n_points:1 + n_points + n_faces]
+    if len(faces) < n_faces:
+        raise ValueError(f"it ends before its {n_faces} faces do")
+    return fans([[float(x) for x in row[:3]] for row in points],
+                [[int(x) for x in row[1:1 + int(row[0])]] for row in faces])[0], None
+
+
+def read_obj(path):
+    """Wavefront OBJ: v, f with fans of any size and negative indices, and the Kd of its materials."""
+    points, faces, kinds, materials, kind = [], [], [], {}, None
+    with open(path, encoding="latin-1") as file:
+        for line in file:
+            word, _, rest = line.strip().partition(" ")
+            if word == "v":
+                points.append([float(x) for x in rest.split()[:3]])
+            elif word == "f":
+                face = [int(corner.split("/")[0]) for corner in rest.split()]
+                faces.append([i - 1 if i > 0 else len(points) + i for i in face])
+                kinds.append(kind)
+            elif word == "usemtl":
+                kind = rest.strip()
+            elif word == "mtllib":
+                materials.update(read_mtl(os.path.join(os.path.dirname(path), rest.strip())))
+    triangles, owner = fans(points, faces)
+    grey = (GREY, GREY, GREY)
+    colours = np.array([materials.get(name, grey) for name in kinds], np.uint8).reshape(-1, 3)
+    return triangles, colours[owner] if materials else None
+
+
+def read_mtl(path):
+    """Material names and their diffuse colours, 0..255; a library that is missing has none."""
+    found, name = {}, None
+    if not os.path.isfile(path):
+        return found
+    with open(path, encoding="latin-1") as file:
+        for words in (line.split() for line in file):
+            if words[:1] == ["newmtl"]:
+                name = " ".join(words[1:])
+            elif words[:1] == ["Kd"] and len(words) >= 4:
+                found[name] = tuple(round(255 * min(max(float(x), 0), 1)) for x in words[1:4])
+    return found
+
+
+PLY_TYPES = dict(char="i1", uchar="u1", short="i2", ushort="u2", int="i4", uint="u4", float="f4", double="f8",
+                 int8="i1", uint8="u1", int16="i2", uint16="u2", int32="i4", uint32="u4", float32="f4", float64="f8")
+
+
+def read_ply(path):
+    """The elements of a .ply, ascii or binary: {element: {property: array, or list of arrays for a list property}}.
+
+    Raises ValueError, KeyError or IndexError for what is not one.
+    """
+    with open(path, "rb") as file:
+        head, found, body = file.read().partition(b"end_header")
+    lines = head.decode("latin-1").split("\n")
+    if not found or lines[0].strip() != "ply":
+        raise ValueError("no PLY header")
+    body = body[body.index(b"\n") + 1:]
+    words = [line.split() for line in lines if line.split() and line.split()[0] in ("format", "element", "property")]
+    order = {"ascii": None, "binary_little_endian": "<", "binary_big_endian": ">"}[words[0][1]]
+    elements = []                                   # [name, count, [(property, type, type of its length or None), ...]]
+    for kind, *rest in words[1:]:
+        if kind == "element":
+            elements.append((rest[0], int(rest[1]), []))
+        elif rest[0] == "list":
+            elements[-1][2].append((rest[3], PLY_TYPES[rest[2]], PLY_TYPES[rest[1]]))
+        else:
+            elements[-1][2].append((rest[1], PLY_TYPES[rest[0]], None))
+    numbers, at, tables = np.array(body.split(), np.float64) if order is None else None, 0, {}
+    for name, count, fields in elements:
+        table = tables[name] = {field: [] for field, _, _ in fields}
+        if order is None and not any(length for _, _, length in fields):
+            block = numbers[at:at + count * len(fields)].reshape(count, len(fields))
+            at += block.size
+            table.update(zip(table, block.T))
+        elif order and (packed := ply_rows(body, at, count, fields, order)) is not None:
+            at += packed.nbytes
+            table.update({field: packed[field] for field in table})
+        else:
+            for _ in range(count):
+                for field, kind, length in fields:
+                    n = 1
+                    if length:
+                        n = int(numbers[at] if order is None else np.frombuffer(body, order + length, 1, at)[0])
+                        at += 1 if order is None else np.dtype(length).itemsize
+                    value = numbers[at:at + n] if order is None else np.frombuffer(body, order + kind, n, at)
+                    if n < 0 or len(value) < n:
+                        raise ValueError(f"it ends before its {count} {name}s do")
+                    at += n if order is None else value.nbytes
+                    table[field].append(value if length else value[0])
+    return tables
+
+
+def ply_rows(body, at, count, fields, order):
+    """A binary element as one structured array, where all its lists are as long as those of its first row; else None."""
+    layout, start = [], at
+    for field, kind, length in fields:
+        if length:
+            n = int(np.frombuffer(body, order + length, 1, start)[0]) if count else 0
+            layout.append((field + " length", order + length))
+            start += np.dtype(length).itemsize
+        layout.append((field, order + kind, (n,)) if length else (field, order + kind))
+        start += np.dtype(layout[-1][1:]).itemsize if length else np.dtype(kind).itemsize
+    layout = np.dtype(layout)
+    if at + count * layout.itemsize > len(body):
+        return None
+    rows = np.frombuffer(body, layout, count, at)
+    same = all((rows[name] == rows[name][0]).all() for name in layout.names if name.endswith(" length")) if count else True
+    return rows if same else None
+
+
+def read_ply_mesh(path):
+    tables = read_ply(path)
+    vertex, face = tables["vertex"], tables["face"]
+    indices = face["vertex_indices"] if "vertex_indices" in face else face["vertex_index"]
+    polygons = [[int(i) for i in polygon] for polygon in indices]
+    points = np.stack([np.asarray(vertex[axis], np.float64) for axis in "xyz"], 1)
+    triangles, owner = fans(points, polygons)
+    if not {"red", "green", "blue"} <= set(vertex):
+        return triangles, None
+    colour = np.stack([np.asarray(vertex[name], np.float64) for name in ("red", "green", "blue")], 1)
+    return triangles, np.array([colour[polygon].mean(0) for polygon in polygons]).round().astype(np.uint8)[owner]
+
+
+def read_stl(path):
+    """STL, binary (an 80-byte header, a count, 50 bytes a triangle) or ascii."""
+    with open(path, "rb") as file:
+        raw = file.read()
+    count = int.from_bytes(raw[80:84], "little")
+    if len(raw) == 84 + 50 * count:
+        facets = np.frombuffer(raw, np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("spare", "<u2")]), count, 84)
+        return facets["corners"].astype(np.float64), None
+    if not raw.lstrip().startswith(b"solid"):
+        raise ValueError("neither a binary STL of the size it states nor an ascii one")
+    rows = [line.split()[1:4] for line in raw.decode("latin-1").splitlines() if line.split()[:1] == ["vertex"]]
+    return np.array(rows, np.float64).reshape(-1, 3, 3), None
+
+
+def read_glb(path):
+    """glTF, by trimesh: scenes, transforms, textures and compressed buffers are not ours to rewrite."""
+    trimesh = optional("trimesh", path)
+    mesh = trimesh.load_scene(path).to_mesh()
+    colours = mesh.visual.to_color().face_colors if mesh.visual.kind == "texture" else mesh.visual.face_colors
+    return np.asarray(mesh.triangles, np.float64), np.asarray(colours, np.uint8)[:, :3]
+
+
+def optional(package, path):
+    """Imports a package that only some formats need."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"{path}: reading it needs the package {package}: pip install {package}") from None
+
+
+MESHES = {".obj": read_obj, ".off": read_off, ".ply": read_ply_mesh, ".stl": read_stl, ".glb": read_glb, ".gltf": read_glb}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views: a surface as a camera sees it (App. G), and the condition tokens of a picture.
+
+# App. G: 40 degrees of view, 3.5 units away, on opposite sides along x and z, looking at the origin. Surfaces are scaled
+# into the unit sphere, the largest that is seen whole from there: asin(1 / 3.5) = 16.6 < 20 degrees.
+FIELD, EYES = math.radians(40), 3.5 / math.sqrt(2) * np.array([(1.0, 0, 1), (-1.0, 0, -1)])
+GREY = 200
+
+
+def camera(eye):
+    """Right, up and forward of a camera at `eye` that looks at the origin, y up: the rows of a (3,3) rotation."""
+    forward = -eye / np.linalg.norm(eye)
+    right = np.cross(forward, (0, 1, 0))
+    right /= np.linalg.norm(right)
+    return np.stack([right, np.cross(right, forward), forward])
+
+
+def render(triangles, colours=None, size=448):
+    """Views of a surface (T,3,3) in the unit sphere from EYES: uint8 (2,size,size,3), white behind.
+
+    Both sides of a triangle are seen, in one shade each; colours uint8 (T,3), None for grey. Twice the size inside,
+    then averaged.
+    """
+    S, views = 2 * size, []
+    normal = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-30)
+    for eye in EYES:
+        axes = camera(eye)
+        x, y, depth = np.moveaxis((triangles - eye) @ axes.T, -1, 0)               # (T,3) each
+        scale = S / 2 / math.tan(FIELD / 2)
+        seen = rasterise(S / 2 + scale * x / depth, S / 2 - scale * y / depth, 1 / depth, S)
+        # light from beside the camera, upper left, on whichever side it sees
+        light = np.array((-0.35, 0.6, -1)) @ axes
+        facing = np.sign(((eye - triangles[:, 0]) * normal).sum(1, keepdims=True)) * normal
+        shade = 0.35 + 0.65 * np.clip(facing @ (light / np.linalg.norm(light)), 0, 1)
+        colour = np.full((len(triangles), 3), GREY) if colours is None else colours
+        palette = np.concatenate([colour * shade[:, None], np.full((1, 3), 255.0)])       # index -1: nothing there
+        views.append(palette[seen].reshape(size, 2, size, 2, 3).mean((1, 3)).round().astype(np.uint8))
+    return np.stack(views)
+
+
+def rasterise(x, y, near, side):
+    """Which triangle each pixel sees: int64 (side,side), -1 for none.
+
+    x, y, near (T,3): corners in pixels, and 1 / depth, which is linear on the screen. Triangles are filled many at a
+    time, those of like size together, each in a square of pixels around it.
+    """
+    depth, seen = np.zeros(side * side), np.full(side * side, -1)
+    low = np.stack([np.ceil(z.min(1) - 0.5).clip(0, side) for z in (x, y)], 1).astype(np.int64)       # pixel centres
+    high = np.stack([np.floor(z.max(1) - 0.5).clip(-1, side - 1) for z in (x, y)], 1).astype(np.int64)
+    wide, high = (high - low + 1).clip(0).T
+    extent = np.maximum(wide, high) * (np.minimum(wide, high) > 0)
+    ax, bx, cx = x.T
+    ay, by, cy = y.T
+    area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
+    size = 1
+    while size < 2 * extent.max(initial=0):
+        group = np.flatnonzero((extent > size // 2) & (extent <= size) & (area != 0))
+        group = group[np.argsort(wide[group] - high[group], kind="stable")]
+        parts = min(len(group), math.ceil(len(group) * size * size / 2 ** 17))
+        for some in np.array_split(group, parts) if parts else []:
+            px = low[some, 0, None, None] + np.arange(wide[some].max())                  # (t,1,w), (t,h,1): pixels
+            py = low[some, 1, None, None] + np.arange(high[some].max())[:, None]
+            ends = [z[some, None, None] - p - 0.5 for p, corners in ((px, (ax, bx, cx)), (py, (ay, by, cy))) for z in corners]
+            u = (ends[1] * ends[5] - ends[4] * ends[2]) / area[some, None, None]          # shares of the corners a and b
+            v = (ends[2] * ends[3] - ends[5] * ends[0]) / area[some, None, None]
+            inside = (u >= 0) & (v >= 0) & (u + v <= 1) & (px < side) & (py < side)
+            t, i, j = np.nonzero(inside)
+            u, v = u[inside], v[inside]
+            a, b, c = near[some[t]].T
+            closeness, pixel = u * a + v * b + (1 - u - v) * c, (low[some[t], 1] + i) * side + low[some[t], 0] + j
+            front = closeness > depth[pixel]
+            order = np.argsort(closeness[front], kind="stable")                          # the nearest is written last
+            pixel, t = pixel[front][order], some[t[front][order]]
+            depth[pixel], seen[pixel] = closeness[front][order], t
+        size *= 2
+    return seen.reshape(side, side)
+
+
+PATCH = 14       # pixels, DINOv2's
+
+
+def rays(views=2, size=448):
+    """Plucker coordinates (d, o x d), |d| = 1, of the ray from each eye o through the centre of each patch, row by row:
+    float32 (views, (size/14)^2, 6)."""
+    side = size // PATCH
+    centre = (2 * (np.arange(side) + 0.5) / side - 1) * math.tan(FIELD / 2)
+    found = []
+    for eye in EYES[:views]:
+        way = np.stack([*np.meshgrid(centre, -centre), np.ones((side, side))], -1).reshape(-1, 3) @ camera(eye)
+        way /= np.linalg.norm(way, axis=1, keepdims=True)
+        found.append(np.concatenate([way, np.cross(eye, way)], 1))
+    return np.stack(found).astype(np.float32)
+
+
+def raw_patches(pictures):
+    """The pixels of each patch, in [-1,1]: uint8 (V,S,S,3) -> float32 (V, (S/14)^2, 588)."""
+    V, S = pictures.shape[:2]
+    cells = pictures.reshape(V, S // PATCH, PATCH, S // PATCH, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
+    return (cells / np.float32(127.5) - 1).reshape(V, (S // PATCH) ** 2, -1)
+
+
+def dino_features(weights=None, device="cpu"):
+    """Patch features of a DINOv2 ViT, a function uint8 (V,S,S,3) -> float32 (V, (S/14)^2, D).
+
+    weights: a released state dict, or torch.hub's directory that holds one (None: torch.hub's own).
+    """
+    try:
+        from metrics import dinov2
+    except ImportError:
+        raise InputError("--features dinov2: needs metrics/dinov2.py of this project beside data.py") from None
+    try:
+        net = dinov2.load(weights or torch.hub.get_dir()).to(device)
+    except ValueError as error:
+        raise InputError(f"--weights: {error}; --features patches needs none") from None
+    return lambda pictures: net(torch.from_numpy(pictures).to(device)).float().cpu().numpy()
+
+
+FEATURES = {"dinov2": dino_features, "patches": lambda weights, device: raw_patches}
+
+
+def read_views(files, size):
+    """Picture files as views: uint8 (V,size,size,3), cropped and resized as training pictures are."""
+    return np.stack([fit(read_image(file), size) for file in files])
+
+
+def picture_tokens(views, extract):
+    """Condition tokens of one object: uint8 (V,S,S,3) -> float32 (V n, C + 6), of each patch the features, then its ray."""
+    return np.concatenate(np.concatenate([extract(views), rays(*views.shape[:2])], 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py: sets made ready once, ahead of training.
+
+class Task(torch.utils.data.Dataset):
+    """function(item) of every item as a dataset, so that torch's loader computes them, in processes that end with ours."""
+
+    def __init__(self, function, items):
+        self.function, self.items = function, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        try:
+            return self.function(self.items[i])
+        except InputError as error:
+            return error
+
+
+def as_is(x):
+    return x
+
+
+def in_parallel(function, items, workers, unit):
+    """Yields function(item) of every item, in order, with a progress bar; an InputError is yielded, not raised."""
+    source = torch.utils.data.DataLoader(
+        Task(function, items), batch_size=None, collate_fn=as_is, num_workers=workers, worker_init_fn=start_worker,
+        prefetch_factor=16 if workers else None, multiprocessing_context=context(workers), generator=torch.Generator())
+    results = iter(source)
+    if workers:
+        atexit.register(results._shutdown_workers)
+    yield from tqdm(results, total=len(items), unit=unit)
+
+
+def write_atomic(path, write):
+    """Writes beside path, then renames: a reader finds the whole file or none."""
+    with open(path + ".tmp", "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def write_json(path, content):
+    write_atomic(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def mesh_jobs(args):
+    """The surfaces of SRC as (source, split, class, name): files of a directory, or the solids, `solids:SPLIT`."""
+    kind, _, split = args.src.partition(":")
+    if kind == "solids" and not os.path.exists(args.src):
+        solids, split = Solids(1, split or "train"), split or "train"
+        return [((split, i), split, solids.class_names[i % len(solids.class_names)], f"{i:06d}") for i in range(args.n or 1)]
+    if not os.path.isdir(args.src):
+        raise InputError(f"{args.src}: no such directory; expected one of meshes ({' '.join(MESHES)}), or solids[:SPLIT]")
+    official, jobs = read_splits(args.splits) if args.splits else {}, []
+    for file in find_files(args.src, set(MESHES))[:args.n]:
+        parts = os.path.splitext(os.path.relpath(file, args.src))[0].split(os.sep)
+        parts = [part for part in parts if part not in ("models", "model_normalized")] or parts[-1:]      # ShapeNetCore's
+        here = [part for part in parts[:-1] if part in SPLITS]
+        parts = [part for part in parts if part not in here]
+        name = "-".join(parts[1:] or parts)
+        share = int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:4], "big") / 2 ** 32
+        split = here[0] if here else official.get(parts[-1]) or ("val" if share < args.val else "train")
+        jobs.append((file, split, parts[0] if len(parts) > 1 else "objects", name))
+    if not jobs:
+        raise InputError(f"{args.src}: no meshes in it; expected files of {' '.join(MESHES)}")
+    first = {}
+    for job in jobs:
+        if job[1:] in first:
+            raise InputError(f"{job[0]}: would be written where {first[job[1:]]} is; expected names that differ")
+        first[job[1:]] = job[0]
+    return jobs
+
+
+def read_splits(path):
+    """modelId -> split of ShapeNet's own all.csv (id,synsetId,subSynsetId,modelId,split)."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return {row["modelId"]: row["split"] for row in csv.DictReader(file) if split_code(row["split"]) is not None}
+    except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"--splits {path}: expected a table with the columns modelId and split ({one_line(error)})") from None
+
+
+def surface(source):
+    """Triangles and colours of what a job names."""
+    return (Solids(1, source[0]).surface(source[1]), None) if isinstance(source, tuple) else read_mesh(source)
+
+
+def points_of(triangles, count, job):
+    """Points uniform by area, drawn by a generator of the job's split, class and name alone."""
+    return on_surface(triangles, np.random.default_rng((SURFACE, *"/".join(job[1:]).encode())).random((count, 3)))
+
+
+def sample_mesh(job, dst, count):
+    """Writes dst/class/split/name.npy, float32 (count,3), in the units of the mesh; one that is there is kept."""
+    _, split, kind, name = job
+    path = os.path.join(dst, kind, split, name + ".npy")
+    if not os.path.exists(path):
+        cloud = points_of(surface(job[0])[0], count, job)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_atomic(path, lambda file: np.save(file, cloud))
+
+
+def render_mesh(job, dst, count, size):
+    """Writes dst/split/class/name-0.png, -1.png and the cloud name.npy, float32 (count,3), in [-1,1]; the cloud last."""
+    source, split, kind, name = job
+    stem = os.path.join(dst, split, kind, name)
+    if not os.path.exists(stem + ".npy"):
+        triangles, colours = surface(source)
+        triangles = normalise(triangles.reshape(-1, 3))[0].astype(np.float64).reshape(-1, 3, 3)
+        views = render(triangles / np.linalg.norm(triangles, axis=2).max(), colours, size)
+        os.makedirs(os.path.dirname(stem), exist_ok=True)
+        for i, view in enumerate(views):
+            write_atomic(f"{stem}-{i}.png", lambda file: Image.fromarray(view).save(file, format="PNG"))
+        write_atomic(stem + ".npy", lambda file: np.save(file, points_of(triangles, count, job)))
+
+
+def over_meshes(task, args, **options):
+    """Runs a task over the meshes of SRC; those that cannot be read end the run, or with --skip-bad are listed."""
+    jobs, bad = mesh_jobs(args), 0
+    os.makedirs(args.dst, exist_ok=True)
+    for result in in_parallel(functools.partial(task, dst=args.dst, count=args.points, **options), jobs, args.workers, "mesh"):
+        if isinstance(result, InputError):
+            if not args.skip_bad:
+                raise InputError(f"{result}; what is done is kept, --skip-bad leaves such files out")
+            bad += 1
+            tqdm.write(f"left out: {result}")
+    kinds = collections.Counter((kind, split) for _, split, kind, _ in jobs)
+    for (kind, split), count in sorted(kinds.items()):
+        print(f"{kind}{f' ({CATEGORIES[kind]})' if kind in CATEGORIES else ''} {split}: {count}")
+    print(f"{len(jobs) - bad} of {len(jobs)} meshes in {args.dst}, {args.points} points each")
+
+
+def sample_meshes(args):
+    over_meshes(sample_mesh, args)
+
+
+def render_meshes(args):
+    over_meshes(render_mesh, args, size=args.size)
+
+
+def views_of(stem, size):
+    """The views and the cloud that `render` wrote."""
+    views = read_views([f"{stem}-{i}.png" for i in range(len(EYES))], size)
+    try:
+        return views, np.load(stem + ".npy", allow_pickle=False)
+    except BROKEN_ARRAY as error:
+        raise InputError(f"{stem}.npy: cannot be read ({one_line(error)}); expected what data.py render wrote") from None
+
+
+def tokens(args):
+    """Writes dst/....npz of `xyz` and `cond_token` (float16) for every object that `render` wrote to src."""
+    if args.size % PATCH:
+        raise InputError(f"--size {args.size}: expected a multiple of the patch, {PATCH}")
+    stems = [file.removesuffix("-0.png") for file in find_files(args.src, {".png"}) if file.endswith("-0.png")]
+    if not stems:
+        raise InputError(f"{args.src}: no views in it; expected the directory that data.py render wrote")
+    extract = FEATURES[args.features](args.weights, args.device)
+    spec = dict(features=args.features, size=args.size, views=len(EYES), weights_sha256=None)
+    if args.features == "dinov2":
+        spec["weights_sha256"] = extract_sha256(args.weights)
+    if (there := read_spec(args.dst)) not in (None, spec):
+        raise InputError(f"{args.dst}: holds tokens of another setting ({there}); give another directory")
+    os.makedirs(args.dst, exist_ok=True)
+    write_json(os.path.join(args.dst, "tokens.json"), spec)
+    out = {stem: os.path.join(args.dst, os.path.relpath(stem, args.src)) + ".npz" for stem in stems}
+    todo = [stem for stem in stems if not os.path.exists(out[stem])]
+    for stem, result in zip(todo, in_parallel(functools.partial(views_of, size=args.size), todo, args.workers, "object")):
+        if isinstance(result, InputError):
+            raise result
+        found = picture_tokens(result[0], extract).astype(np.float16)
+        os.makedirs(os.path.dirname(out[stem]), exist_ok=True)
+        write_atomic(out[stem], lambda file: np.savez(file, xyz=result[1], cond_token=found))
+    print(f"{len(stems)} objects in {args.dst}: {args.features}, {len(EYES)} views of {(args.size // PATCH) ** 2} tokens each")
+
+
+def parser():
+    def at_least(low):
+        def number(text):
+            if not text.isdecimal() or int(text) < low:
+                raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, not {text!r}")
+            return int(text)
+        return number
+
+    p = argparse.ArgumentParser(prog="data.py", description="Makes sets ready once, ahead of training.")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+    def command(name, run, help, *paths):
+        c = commands.add_parser(name, help=help, description=help)
+        c.set_defaults(run=run)
+        for path, what in paths:
+            c.add_argument(path, help=what)
+        c.add_argument("--workers", type=at_least(0), default=cores, help=f"processes (default: one a core, {cores})")
+        return c
+
+    meshes = "src", f"directory of meshes ({' '.join(MESHES)}), or solids:SPLIT, built in"
+    for name, run, help, points in (
+            ("sample-meshes", sample_meshes, "points of meshes, uniform by area, as PointFlow's tree DST/CLASS/SPLIT/NAME.npy", 15000),
+            ("render", render_meshes, "two views and a cloud of every mesh: DST/SPLIT/CLASS/NAME-0.png, -1.png, .npy", 32768)):
+        c = command(name, run, help, meshes, ("dst", "directory to write; what is there already is kept"))
+        c.add_argument("--points", type=at_least(1), default=points, help=f"per mesh (default: {points})")
+        c.add_argument("--n", type=at_least(1), help="only the first so many (of solids default: 1)")
+        c.add_argument("--splits", metavar="CSV", help="ShapeNet's all.csv; else directories named train, val, test count")
+        c.add_argument("--val", type=float, default=0.0, help="else: share of the objects set aside as val (default: 0)")
+        c.add_argument("--skip-bad", action="store_true", help="list meshes that cannot be read and go on")
+        if name == "render":
+            c.add_argument("--size", type=at_least(1), default=448, help="side of a view in pixels (default: 448)")
+    c = command("tokens", tokens, "condition tokens of rendered views, with their clouds: what --dataset objaverse reads",
+                ("src", "directory written by render"), ("dst", "directory to write; what is there already is kept"))
+    c.add_argument("--features", choices=FEATURES, default="dinov2", help="of each patch of 14 x 14 pixels (default: dinov2)")
+    c.add_argument("--weights", help="DINOv2 state dict, or torch.hub directory (default: torch.hub's own)")
+    c.add_argument("--size", type=at_least(PATCH), default=448, help="side to which views are resized (default: 448)")
+    c.add_argument("--device", default="cpu", help="for the features (default: cpu)")
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as problem:
+        print(f"data.py: {' '.join(str(problem).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import data
 import model as asft
 from data import InputError, encode_image
 from metrics.weights import sha256
@@ -663,6 +664,43 @@ def parse_classes(names, known):
     return labels
 
 
+def read_condition(args, cfg, spec):
+    """What clouds are conditioned on: (what samples.json says of it, [(object, function that gives its tokens (T, C)), ...]),
+    or (None, None). spec: what the checkpoint says of the tokens it was trained on."""
+    flag = "image" if args.image else "tokens" if args.tokens else None
+    if flag is None:
+        if cfg.token_dim:
+            print0("no --image and no --tokens: sampling without a condition")
+        return None, None
+    if not cfg.token_dim:
+        raise InputError(f"--{flag}: this checkpoint was trained without pictures, it takes none")
+    if args.image and args.tokens:
+        raise InputError("--image and --tokens: expected one of them")
+    if args.image:
+        if spec is None:
+            raise InputError("--image: the checkpoint does not say what its tokens are, as they were not made by data.py tokens; "
+                             "use --tokens")
+        if len(args.image) > spec["views"]:
+            raise InputError(f"--image: {len(args.image)} pictures; expected one, or {spec['views']} of opposite sides")
+        extract = data.FEATURES[spec["features"]](args.features_weights, args.device if args.device.startswith("cuda") else "cpu")
+        if spec["features"] == "dinov2" and data.features_sha256(args.features_weights) != spec["weights_sha256"]:
+            print0(f"--features-weights: not the file that the training tokens came from (SHA-256 {spec['weights_sha256'][:16]}...)")
+        found = torch.from_numpy(data.picture_tokens(data.read_views(args.image, spec["size"]), extract))
+        return [sha256(file) for file in args.image], [(" ".join(args.image), lambda: found)]
+    path = Path(args.tokens)
+    files = data.find_files(args.tokens, {".npz"}) if path.is_dir() else [args.tokens]
+    if not files:
+        raise InputError(f"--tokens {args.tokens}: no .npz files in it; expected cond_token (T, {cfg.token_dim}) in each")
+
+    def read(file):
+        found = data.read_npz(file, ("cond_token",)).get("cond_token")
+        if found is None or found.dtype.kind != "f" or found.ndim != 2 or found.shape[1] != cfg.token_dim:
+            what = "no cond_token" if found is None else f"cond_token {found.dtype} {found.shape}"
+            raise InputError(f"{file}: found {what}; expected floats (T, {cfg.token_dim})")
+        return torch.from_numpy(found.astype(np.float32))
+    return args.tokens, [(file, lambda file=file: read(file)) for file in files]
+
+
 def one_line(error):
     """The message of an error as one line; an OSError by its file and reason (disk full, not a directory, ...)."""
     if isinstance(error, OSError):
@@ -703,6 +741,10 @@ def parser():
     g.add_argument("--crop", metavar="x0,y0,x1,y1", help="images: only this box of the picture, in its pixels; none other is drawn")
     g.add_argument("--zoom", metavar="x,y", help="images: four views of --res towards this place (0..1), each 4 times finer")
     g.add_argument("--points", type=positive, help="clouds: number of points (default: the one trained on)")
+    g.add_argument("--image", nargs="+", metavar="FILE", help="clouds of the object in this picture, or in these two of opposite sides")
+    g.add_argument("--tokens", metavar="PATH", help="clouds of prepared objects: an .npz with cond_token, or a directory of them, "
+                   "one a sample, taken in turn")
+    g.add_argument("--features-weights", metavar="PATH", help="DINOv2 of --image, as for data.py tokens (default: torch.hub's)")
     g = p.add_argument_group("how (defaults: the recipe's, stored in the checkpoint)")
     g.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none")
     g.add_argument("--solver", choices=SOLVERS)
@@ -753,10 +795,12 @@ def main(argv=None):
                    steps=args.steps or sampling["steps"],
                    guidance=sampling["guidance"] if args.guidance is None else args.guidance,
                    diffusion=args.diffusion, classes=args.classes, dtype="float32" if dtype is None else "bfloat16")
-    if not names:
+    setting["tokens"], condition = read_condition(args, cfg, config.get("tokens"))
+    if not names and condition is None:
         setting["guidance"] = 1.0
         if args.guidance not in (None, 1.0):
-            raise InputError(f"--guidance {args.guidance}: this checkpoint is unconditional, there is nothing to guide by")
+            raise InputError(f"--guidance {args.guidance}: " + ("give --image or --tokens to guide by" if cfg.token_dim else
+                                                                "this checkpoint is unconditional, there is nothing to guide by"))
     if not 0 <= setting["guidance"] <= 1e3:
         raise InputError(f"--guidance {setting['guidance']}: expected a number between 0 and 1000")
     if setting["solver"] == "dopri5" and setting["steps"] < 7:
@@ -777,7 +821,8 @@ def main(argv=None):
     suffix = ".png" if image else ".npy"
     record = dict(setting, n=args.n, nfe=None, complete=False, normalisation=config.get("normalisation"), quantisation=QUANTISATION
                   if image else None, samples=[dict(file=f"{i:06d}{suffix}", index=i, label=label,
-                                                    class_name=None if label is None else names[label])
+                                                    class_name=None if label is None else names[label],
+                                                    object=condition and condition[i % len(condition)][0])
                                                for i, label in enumerate(labels)])
     make_directory(out, "--out")
     if RANK == 0:
@@ -816,9 +861,10 @@ def main(argv=None):
             """Samples, or a part of them, as (B, M, 3); the bar runs on."""
             nonlocal nfe
             label, start = torch.tensor([labels[i] for i in indices], device=device) if names else None, bar.n
+            tokens = condition and torch.stack([condition[i % len(condition)][1]() for i in indices]).to(device)
             work = len(indices) * (count(part) if part else queries)
             advance = lambda share: bar.update(work * share / evaluations)
-            x, nfe = generate(model, indices, args.seed, size, label, None, setting["guidance"], setting["solver"],
+            x, nfe = generate(model, indices, args.seed, size, label, tokens, setting["guidance"], setting["solver"],
                               setting["steps"], args.chunk, config["path"], args.diffusion, part, advance)
             if not x.isfinite().all():
                 raise InputError(f"{path}: its {args.weights} weights give non-finite samples; try another checkpoint")
@@ -855,7 +901,7 @@ def main(argv=None):
     wait_for_all()
     if RANK == 0:
         finish_samples(out, record, args.n, nfe, (crop[3] - crop[1], crop[2] - crop[0]) if image else None, args.npz)
-        guided = names and setting["guidance"] != 1
+        guided = (names or condition) and setting["guidance"] != 1
         print(f"{args.n} samples in {time.time() - started:.1f} s, NFE {record['nfe']}"
               f"{' (each guided: two passes)' if guided else ''}, solver {setting['solver']}, "
               f"guidance {setting['guidance']:g}, written to {out}")

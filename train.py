@@ -55,9 +55,11 @@ RECIPES = {
     "church256": dict(SCENES),
     "shapenet": dict(PAPER, loader="shapenet", model="point-B", points=2048, decode=2048, batch_size=16,
                      steps=800_000, solver="sde", sampling_steps=1000),
+    "objaverse": dict(PAPER, loader="objaverse", model="point-objaverse", points=16384, decode=16384, batch_size=384,
+                      steps=500_000, solver="sde", sampling_steps=500, guidance=5.0),
 }
-FILES = ("folder", "shapenet")                                     # loaders that read a file for every item
-ON_CPU = {"shapenet": dict(SMALL_POINTS, loader="shapenet")}       # in place of the paper's, unless --model is given
+FILES = ("folder", "shapenet", "objaverse")                        # loaders that read a file for every item
+ON_CPU = {name: dict(SMALL_POINTS, loader=name) for name in ("shapenet", "objaverse")}    # unless --model is given
 
 
 def parser():
@@ -201,9 +203,9 @@ def micro_loss(net, coords, batch, step, places, args, device, dtype):
     """CICFM loss of one micro-batch (values, labels) whose samples stand at `places` of the global batch."""
     x0 = data.decode_values(batch[0], device)                                            # (B, N, 3)
     u, eps, drop, query = draw(args.seed, step, places, x0.shape[1], args.decode, args.drop, device)
+    label, *tokens = (x.to(device, non_blocking=True) for x in batch[1:])
     with autocast(device, dtype):
-        return asft.cicfm_loss(net, coords, x0, eps, asft.TIMES[args.times](u), query, args.path,
-                               label=batch[1].to(device, non_blocking=True), drop=drop)
+        return asft.cicfm_loss(net, coords, x0, eps, asft.TIMES[args.times](u), query, args.path, label, *tokens, drop=drop)
 
 
 @torch.no_grad()
@@ -295,14 +297,17 @@ def draw_curve(path, records, width=720, height=360):
     sheet.save(path)
 
 
-def sample_picture(path, model, ema, args, n_classes, device, dtype, n=16):
-    """The same n seeds with EMA weights (upper half) and raw weights (lower half), in at most 25 Euler steps."""
-    cfg, pictures = model.cfg, []
+def sample_picture(path, model, ema, args, dataset, device, dtype, n=16):
+    """The same n seeds with EMA weights (upper half) and raw weights (lower half), in at most 25 Euler steps; of all
+    classes in turn, or conditioned on the first objects' tokens."""
+    cfg, pictures, n_classes = model.cfg, [], len(dataset.class_names)
     label = torch.arange(n, device=device) % n_classes if n_classes else None
+    tokens = torch.stack([torch.from_numpy(dataset.item(i % len(dataset))[2]) for i in range(n)]).to(device) if cfg.token_dim else None
+    guidance = args.guidance if n_classes or cfg.token_dim else 1.0
     for net in (ema, model):
         net.eval()
         with autocast(device, dtype):
-            x, _ = generate(net, range(n), args.seed, label=label, guidance=args.guidance if n_classes else 1.0,
+            x, _ = generate(net, range(n), args.seed, label=label, tokens=tokens, guidance=guidance,
                             steps=min(25, args.sampling_steps), path=args.path)
         pictures += [picture(p, (cfg.res, cfg.res), cfg.domain == "image") for p in x]
     model.train()
@@ -327,7 +332,7 @@ def build(args, given):
         raise InputError(f"--model {args.model} is for {'images' if image else 'points'}, "
                          f"--dataset {args.dataset} holds {dataset.domain}s".replace("pointss", "points"))
     size = dict(res=dataset.res) if image else dict(points=dataset.points)
-    return dataset, configure(args, WORLD, n_classes=len(dataset.class_names), **size)
+    return dataset, configure(args, WORLD, n_classes=len(dataset.class_names), token_dim=getattr(dataset, "token_dim", 0), **size)
 
 
 def configure(args, processes, **changes):
@@ -411,7 +416,8 @@ def main(argv=None):
 
     config = dict(model=asdict(cfg), class_names=dataset.class_names, path=args.path, settings=dict(vars(args)),
                   sampling=dict(solver=args.solver, steps=args.sampling_steps, guidance=args.guidance),
-                  normalisation=None if cfg.domain == "image" else "box", torch=str(torch.__version__))
+                  normalisation=None if cfg.domain == "image" else "box", tokens=getattr(dataset, "spec", None),
+                  torch=str(torch.__version__))
     records = []
     if RANK == 0:
         make_directory(out, "--out")
@@ -469,7 +475,7 @@ def main(argv=None):
                 draw_curve(out / "loss.png", records)
                 saved = step
             if step > 0 and (step % args.sample_every == 0 or last) and not stopping:
-                sample_picture(out / f"samples-{step:07d}.png", model, ema, args, len(dataset.class_names), device, dtype)
+                sample_picture(out / f"samples-{step:07d}.png", model, ema, args, dataset, device, dtype)
                 started = time.time() if step == logged else started
         if last or stopping:
             break
