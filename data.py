@@ -43,6 +43,7 @@ import zipfile
 import zlib
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
@@ -50,6 +51,10 @@ from tqdm import tqdm
 
 class InputError(ValueError):
     """Something from outside is wrong; the text is one line that names the file or argument and what was expected."""
+
+
+class EmptySplit(InputError):
+    """A set that is there, but not the split of it that was asked for."""
 
 
 # Seeds are tuples, tagged so that no two purposes share a stream. Tags come first: NumPy's SeedSequence pads with
@@ -351,42 +356,97 @@ SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
 
 
 class Folder:
-    """Any directory of pictures. `item` -> uint8 (R,R,3), label = index of the sub-directory, 0 without classes.
+    """Any directory of pictures, a .zip of one, or LSUN's lmdb. `item` -> uint8 (R,R,3), label = index of the
+    sub-directory, 0 without classes.
 
-    Several sub-directories with pictures are classes, sorted by name; pictures that lie flat, or under one
-    sub-directory, have none. Of a directory that is split into train, val, ... only train is read (name another one to
-    read it). Names with a leading dot are skipped. Raises InputError for a path without pictures and, from `item`, for
-    a picture that cannot be read.
+    Several sub-directories with pictures are classes, sorted by name, so that ImageNet's get the numbers of ADM and DiT;
+    pictures that lie flat, or under one sub-directory, have none, and labels=False takes none. Of a set that is split
+    into train, val, ... only train is read (name another one to read it). Names with a leading dot are skipped.
+    Raises InputError for a path without pictures and, from `item`, for a picture that cannot be read.
     """
-    needs = "a directory of pictures, flat or one sub-directory per class (ImageNet: train/nXXXXXXXX/*.JPEG)"
+    needs = "a directory of pictures, flat or one sub-directory per class (ImageNet: train/nXXXXXXXX/*.JPEG), or a .zip of one"
     domain = "image"
 
-    def __init__(self, path, res, flip=False):
-        self.res, self.flip = at_least_one("res", res), flip
-        path = os.fspath(path)
-        if not os.path.isdir(path):
-            raise InputError(f"{path}: no such directory; expected {self.needs}")
-        files = find_files(path, EXTENSIONS)
-        if not files:
+    def __init__(self, path, res, flip=False, labels=True):
+        self.res, self.flip, self.path = at_least_one("res", res), flip, os.fspath(path)
+        self.names = picture_names(self.path)
+        if not self.names:
             raise InputError(f"{path}: no pictures in it; expected {self.needs} ({' '.join(sorted(EXTENSIONS))})")
-        tops = top_folders(path, files)
+        below, tops = self.names, top_folders(self.names)
         if "train" in tops and set(tops) <= SPLIT_FOLDERS:
-            files = [file for file, top in zip(files, tops) if top == "train"]
-            tops = top_folders(os.path.join(path, "train"), files)
-        classes = sorted(set(tops) - {""})
+            self.names = [name for name, top in zip(self.names, tops) if top == "train"]
+            below, tops = self.names, top_folders([name.partition("/")[2] for name in self.names])
+        classes = sorted(set(tops) - {""}) if labels else []
         if len(classes) < 2:
             classes = []
         elif "" in tops:
-            raise InputError(f"{files[tops.index('')]}: lies beside class folders; expected {self.needs}")
+            raise InputError(f"{os.path.join(path, below[tops.index('')])}: lies beside class folders; expected {self.needs}")
         number = {name: label for label, name in enumerate(classes)}
-        self.class_names, self.files, self.labels = classes, files, [number.get(top, 0) for top in tops]
+        self.class_names, self.labels = classes, [number.get(top, 0) for top in tops]
+
+    @property
+    def files(self):
+        return [os.path.join(self.path, name) for name in self.names]
 
     def __len__(self):
-        return len(self.files)
+        return len(self.names)
 
     def item(self, i, rng=None):
-        pixels = fit(read_image(self.files[i]), self.res)
+        pixels = fit(open_picture(self.path, self.names[i]), self.res)
         return mirrored(pixels, rng if self.flip else None), self.labels[i]
+
+
+def picture_names(path):
+    """The names below path, in order, of all pictures in a directory, a .zip or an lmdb; between folders stands a /."""
+    if is_archive(path):
+        return list(archive(path, os.getpid())[0])
+    if not os.path.isdir(path):
+        raise InputError(f"{path}: no such directory; expected {Folder.needs}")
+    start = len(os.path.join(path, ""))
+    return [file[start:].replace(os.sep, "/") for file in find_files(path, EXTENSIONS)]
+
+
+def open_picture(path, name):
+    """A picture of `picture_names` as `read_image` returns it."""
+    if is_archive(path):
+        return read_image(os.path.join(path, name), lambda: archive(path, os.getpid())[1](name))
+    return read_image(os.path.join(path, name))
+
+
+def is_archive(path):
+    return path.lower().endswith(".zip") and os.path.isfile(path) or os.path.isfile(os.path.join(path, "data.mdb"))
+
+
+@functools.lru_cache(maxsize=4)
+def archive(path, process):
+    """(names, read) of a .zip of pictures, or of LSUN's lmdb, whose values are picture files: read(name) -> bytes.
+
+    Opened once in every process, since forked ones would share a file position.
+    """
+    if path.lower().endswith(".zip"):
+        try:
+            opened = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: cannot be read as a .zip ({one_line(error)})") from None
+        names = [name for name in opened.namelist() if os.path.splitext(name)[1].lower() in EXTENSIONS
+                 and not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))]
+        return sorted(names), opened.read
+    lmdb = optional("lmdb", path)
+    try:
+        # read-only, without its lock file, which a shared file system may refuse
+        view = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False).begin(buffers=False)
+        names = [key.decode("latin-1") for key in view.cursor().iternext(values=False)]
+    except lmdb.Error as error:
+        raise InputError(f"{path}: cannot be read as an lmdb ({one_line(error)})") from None
+    return names, lambda name: view.get(name.encode("latin-1"))
+
+
+def optional(package, path):
+    """Imports a package that a single format needs."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"{path}: reading it needs the package {package}: pip install {package}") from None
 
 
 def find_files(path, suffixes):
@@ -407,20 +467,18 @@ def find_files(path, suffixes):
     return sorted(found)
 
 
-def top_folders(path, files):
-    """For each file the first directory on the way from path to it; "" where it lies directly in path."""
-    start = len(os.path.join(path, ""))
-    below = [file[start:].split(os.sep) for file in files]
-    return [parts[0] if len(parts) > 1 else "" for parts in below]
+def top_folders(names):
+    """For each name the first folder on the way to it; "" where there is none."""
+    return [name.partition("/")[0] if "/" in name else "" for name in names]
 
 
-def read_image(path):
+def read_image(path, read=None):
     """A picture file as an RGB Pillow image: upright, first frame, transparency on white, 16 bits scaled to 8.
 
-    Raises InputError naming the path if it cannot be read to its end.
+    read() gives the bytes of a file in an archive. Raises InputError naming the path if it cannot be read to its end.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path if read is None else io.BytesIO(read())) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no known range")
@@ -452,6 +510,89 @@ def mirrored(pixels, rng):
 
 def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed: what `python data.py pack` made of a folder, cropped and resized already; nothing is decoded in training.
+
+class Packed:
+    """manifest.json, labels.npy int64 (N,), files.txt (the names, as JSON strings, one a line) and pictures-*.npy uint8
+    (n,R,R,3), memory-mapped: the items of the Folder that it was made of, pixel for pixel and in the same order.
+
+    Raises InputError for a set that is not whole, or of another resolution than asked for.
+    """
+    needs = "a directory written by data.py pack"
+    domain = "image"
+
+    def __init__(self, path, res=None, flip=False, labels=True):
+        self.path, self.flip = os.fspath(path), flip
+        manifest = self.manifest = read_manifest(path)
+        if not manifest["complete"]:
+            raise InputError(f"{path}: packed only in part; run the same data.py pack again, it goes on")
+        self.res = manifest["res"]
+        if res not in (None, self.res):
+            raise InputError(f"{path}: packed at {self.res} x {self.res}; expected --res {self.res}, or pack it again at {res}")
+        self.labels = read_array(os.path.join(path, "labels.npy"), (manifest["count"],), np.int64)
+        self.shards = [read_array(os.path.join(path, shard["file"]), (shard["count"], self.res, self.res, 3), np.uint8)
+                       for shard in manifest["shards"]]
+        self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        self.class_names = manifest["class_names"] if labels else []
+        if self.starts[-1] != manifest["count"]:
+            raise InputError(f"{path}: its files hold {self.starts[-1]} pictures; expected {manifest['count']}")
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < max(1, len(manifest["class_names"])):
+            raise InputError(f"{path}: labels.npy runs from {self.labels.min()} to {self.labels.max()}; "
+                             f"expected one of {len(manifest['class_names'])} classes")
+
+    @property
+    def files(self):
+        with open(os.path.join(self.path, "files.txt"), encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def item(self, i, rng=None):
+        shard = int(np.searchsorted(self.starts, i, "right")) - 1
+        pixels = np.array(self.shards[shard][i - self.starts[shard]])
+        return mirrored(pixels, rng if self.flip else None), int(self.labels[i]) if self.class_names else 0
+
+
+def is_packed(path):
+    return os.path.isfile(os.path.join(path, "manifest.json"))
+
+
+def read_manifest(path):
+    """path/manifest.json of a packed set. Raises InputError naming what is wrong with it."""
+    path = os.path.join(path, "manifest.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        if manifest["format"] != PACKED_FORMAT:
+            raise ValueError(f"format {manifest['format']!r}")
+        kinds = dict(count=int, res=int, class_names=list, complete=bool, shards=list, listing_sha256=str)
+        wrong = [key for key, kind in kinds.items() if not isinstance(manifest[key], kind)]
+        wrong += [f"shards[{i}]" for i, shard in enumerate(manifest["shards"])
+                  if os.path.basename(shard["file"]) != shard["file"] or not isinstance(shard["count"], int)]
+        if wrong:
+            raise ValueError(f"wrong entries for {', '.join(wrong)}")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not written by data.py pack ({one_line(error)}); expected format {PACKED_FORMAT!r}") from None
+
+
+PACKED_FORMAT = "ASFT packed pictures 1"
+
+
+def read_array(path, shape, dtype):
+    """A .npy of that shape and type, memory-mapped."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except BROKEN_ARRAY as error:
+        raise InputError(f"{path}: cannot be read; expected a plain .npy array ({one_line(error)})") from None
+    if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an .npz archive"
+        raise InputError(f"{path}: found {found}; expected {np.dtype(dtype)} {shape}")
+    return array
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -553,7 +694,9 @@ CATEGORIES = {
 
 
 class ShapeNet:
-    """<synset>/{train,val,test}/<id>.npy, each floating (n,3). `item` -> float32 (P,3) in [-1,1].
+    """<synset>/{train,val,test}/<id>.npy, each floating (n,3); or shapenet.hdf5 of luost26/diffusion-point-cloud, the
+    same tree with an array (S,n,3) for every split; or one of LION's reference files, ref_val_CATEGORY.pt, which are
+    of split val. `item` -> float32 (P,3) in [-1,1].
 
     Every shape is normalised by the bounding box of all its stored points. rng picks P of them at random; without it
     they are PointFlow's reference points, the first P of those it sets aside for tests (from number 10,000 on), or the
@@ -561,7 +704,7 @@ class ShapeNet:
     present classes, sorted by synset; else the set has none, as the paper's models do.
     Raises InputError for a tree of another layout and, from `item`, for a cloud that is not as above.
     """
-    needs = "the tree ShapeNetCore.v2.PC15k: <synset>/{train,val,test}/<id>.npy of floats (15000,3)"
+    needs = "the tree ShapeNetCore.v2.PC15k: <synset>/{train,val,test}/<id>.npy of floats (15000,3), or shapenet.hdf5"
     domain = "points"
     SET_ASIDE = 10000       # PointFlow, datasets.py: the first 10,000 of 15,000 points train, the rest test
 
@@ -569,27 +712,52 @@ class ShapeNet:
         split_code(split)
         self.points = at_least_one("points", points)
         path = os.fspath(path)
+        self.arrays = None                            # of a file that holds many clouds: one (n,3) for every item
+        if os.path.isfile(path) and path.endswith((".pt", ".pth")):
+            return self.read_reference(path, split, category)
+        h5py = optional("h5py", path) if os.path.isfile(path) and path.endswith((".hdf5", ".h5")) else None
         if os.path.isdir(os.path.join(path, "ShapeNetCore.v2.PC15k")):
             path = os.path.join(path, "ShapeNetCore.v2.PC15k")
-        if not os.path.isdir(path):
+        if h5py is None and not os.path.isdir(path):
             raise InputError(f"{path}: no such directory; expected {self.needs}")
-        present = sorted(name for name in os.listdir(path)
-                         if any(os.path.isdir(os.path.join(path, name, part)) for part in SPLITS))
-        synset = {name: key for key, name in CATEGORIES.items()}.get(category, category)
-        if category != "all" and synset not in present:
-            known = ", ".join(CATEGORIES.get(name, name) for name in present) or "none"
-            raise InputError(f"category {category}: no {os.path.join(path, synset)}; the tree has {known}")
-        chosen = present if category == "all" else [synset]
-        self.files, self.labels = [], []
-        for label, name in enumerate(chosen):
-            folder = os.path.join(path, name, split)
-            names = os.listdir(folder) if os.path.isdir(folder) else []
-            clouds = sorted(file for file in names if file.endswith(".npy") and not file.startswith("."))
-            self.files += [os.path.join(folder, file) for file in clouds]
-            self.labels += [label if labels else 0] * len(clouds)
+        try:
+            tree = h5py and h5py.File(path, "r")
+            present = sorted(tree) if h5py else sorted(name for name in os.listdir(path) if any(
+                os.path.isdir(os.path.join(path, name, part)) for part in SPLITS))
+            synset = {name: key for key, name in CATEGORIES.items()}.get(category, category)
+            if category != "all" and synset not in present:
+                known = ", ".join(CATEGORIES.get(name, name) for name in present) or "none"
+                raise InputError(f"category {category}: no {os.path.join(path, synset)}; the tree has {known}")
+            chosen = present if category == "all" else [synset]
+            self.files, self.labels, self.arrays = [], [], [] if h5py else None
+            for label, name in enumerate(chosen):
+                if h5py:
+                    clouds = tree[name][split][...] if split in tree[name] else []
+                    self.arrays += [*clouds]
+                    self.files += [f"{path}/{name}/{split}[{i}]" for i in range(len(clouds))]
+                else:
+                    folder = os.path.join(path, name, split)
+                    names = os.listdir(folder) if os.path.isdir(folder) else []
+                    clouds = sorted(file for file in names if file.endswith(".npy") and not file.startswith("."))
+                    self.files += [os.path.join(folder, file) for file in clouds]
+                self.labels += [label if labels else 0] * len(clouds)
+        except (OSError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: cannot be read ({one_line(error)}); expected {self.needs}") from None
         if not self.files:
-            raise InputError(f"{path}: no .npy file for split {split}; expected {self.needs}")
+            raise EmptySplit(f"{path}: no cloud for split {split}; expected {self.needs}")
         self.class_names = [CATEGORIES.get(name, name) for name in chosen] if labels else []
+
+    def read_reference(self, path, split, category):
+        """LION's dict of tensors ref (S,n,3), mean (S,1,3), std (S,1,1): clouds less mean, over std."""
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            self.arrays = [*(content["ref"] * content["std"] + content["mean"]).float().numpy()]
+        except Exception as error:                      # a foreign file raises whatever its bytes provoke
+            raise InputError(f"{path}: cannot be read ({one_line(error)}); expected LION's dict of tensors ref, mean, std") from None
+        if split != "val" or category not in ("all", *os.path.splitext(path)[0].split("_")):
+            raise InputError(f"{path}: a reference file of split val; found --split {split}, --category {category}")
+        self.files = [f"{path}[{i}]" for i in range(len(self.arrays))]
+        self.labels, self.class_names = [0] * len(self.files), []
 
     def __len__(self):
         return len(self.files)
@@ -597,7 +765,7 @@ class ShapeNet:
     def stored(self, i):
         """All points of shape i as stored: floats (n,3), n >= P, read-only."""
         try:
-            cloud = np.load(self.files[i], mmap_mode="r", allow_pickle=False)
+            cloud = np.load(self.files[i], mmap_mode="r", allow_pickle=False) if self.arrays is None else self.arrays[i]
         except BROKEN_ARRAY as error:
             raise InputError(f"cannot be read; expected a plain .npy array ({one_line(error)})") from None
         if not isinstance(cloud, np.ndarray) or cloud.ndim != 2 or cloud.shape[1] != 3 or cloud.dtype.kind != "f":
@@ -607,11 +775,15 @@ class ShapeNet:
             raise InputError(f"found {len(cloud)} points; expected at least the {self.points} asked for")
         return cloud
 
-    def item(self, i, rng=None):
+    def whole(self, i):
+        """All points of shape i, normalised: float32 (n,3)."""
         try:
-            cloud = normalise(self.stored(i))[0]
+            return normalise(self.stored(i))[0]
         except InputError as error:
             raise InputError(f"{self.files[i]}: {error}") from None
+
+    def item(self, i, rng=None):
+        cloud = self.whole(i)
         if rng is not None:
             return cloud[rng.choice(len(cloud), self.points, replace=False)], self.labels[i]
         start = self.SET_ASIDE if len(cloud) >= self.SET_ASIDE + self.points else 0
@@ -651,6 +823,7 @@ class Objaverse:
         return len(self.files)
 
     def read(self, i):
+        """Object i: its points, normalised, float32 (n,3), n >= P, and its tokens float32 (T,C)."""
         file, arrays = self.files[i], read_npz(self.files[i], ("xyz", "cond_token"))
         for key, width in (("xyz", 3), ("cond_token", None)):
             found = arrays.get(key)
@@ -662,17 +835,19 @@ class Objaverse:
             raise InputError(f"{file}: `cond_token` holds numbers that are not finite")
         if len(xyz) < self.points:
             raise InputError(f"{file}: found {len(xyz)} points; expected at least the {self.points} asked for")
-        return xyz, tokens
+        if i and tokens.shape != (self.n_tokens, self.token_dim):
+            raise InputError(f"{file}: `cond_token` is {tokens.shape}; expected {(self.n_tokens, self.token_dim)} as in {self.files[0]}")
+        try:
+            return normalise(xyz)[0], tokens
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from None
+
+    def whole(self, i):
+        """All points of object i, normalised: float32 (n,3)."""
+        return self.read(i)[0]
 
     def item(self, i, rng=None):
-        xyz, tokens = self.read(i)
-        if tokens.shape != (self.n_tokens, self.token_dim):
-            raise InputError(f"{self.files[i]}: `cond_token` is {tokens.shape}; expected {(self.n_tokens, self.token_dim)} "
-                             f"as in {self.files[0]}")
-        try:
-            cloud = normalise(xyz)[0]
-        except InputError as error:
-            raise InputError(f"{self.files[i]}: {error}") from None
+        cloud, tokens = self.read(i)
         if rng is None:
             return cloud[:self.points].copy(), 0, tokens
         if self.spec is not None and self.spec["views"] == 2 and (u := rng.random()) < 0.5:
@@ -698,22 +873,23 @@ def read_spec(path):
 DATASETS = {"glyphs": Glyphs, "solids": Solids, "folder": Folder, "npz": Npz, "shapenet": ShapeNet, "objaverse": Objaverse}
 
 
-def load(name, path=None, res=None, points=None, category="all", split="train", flip=False):
-    """Builds DATASETS[name] from those of the arguments that it takes; None means its own default.
+def load(name, path=None, res=None, points=None, category="all", split="train", flip=False, labels=None):
+    """Builds DATASETS[name] from those of the arguments that it takes; None means its own default. A packed set stands
+    wherever a folder may.
 
     Raises InputError for an unknown name or split and for an argument that is needed and missing.
     """
     if name not in DATASETS:
         raise InputError(f"--dataset {name}: expected one of {', '.join(DATASETS)}")
-    given = dict(path=path, res=res, points=points, category=category, split=split, flip=flip)
-    options = {}
-    for key, parameter in inspect.signature(DATASETS[name]).parameters.items():
+    given = dict(path=path, res=res, points=points, category=category, split=split, flip=flip, labels=labels)
+    kind, options = Packed if name == "folder" and path and is_packed(path) else DATASETS[name], {}
+    for key, parameter in inspect.signature(kind).parameters.items():
         if given.get(key) is not None:
             options[key] = given[key]
         elif parameter.default is parameter.empty:
             needs = f"--data is missing: it needs {DATASETS[name].needs}" if key == "path" else f"--{key} is missing"
             raise InputError(f"--dataset {name}: {needs}")
-    return DATASETS[name](**options)
+    return kind(**options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -937,46 +1113,33 @@ def read_ply(path):
         else:
             elements[-1][2].append((rest[1], PLY_TYPES[rest[0]], None))
     numbers, at, tables = np.array(body.split(), np.float64) if order is None else None, 0, {}
+
+    def take(kind, n):
+        """The next n numbers of a type."""
+        nonlocal at
+        if order is None:
+            values = numbers[at:at + n]
+            at += n
+        else:
+            values = np.frombuffer(body, order + kind, n, at)
+            at += values.nbytes
+        if n < 0 or len(values) < n:
+            raise ValueError("it ends before its last element does")
+        return values
+
     for name, count, fields in elements:
         table = tables[name] = {field: [] for field, _, _ in fields}
-        if order is None and not any(length for _, _, length in fields):
-            block = numbers[at:at + count * len(fields)].reshape(count, len(fields))
-            at += block.size
-            table.update(zip(table, block.T))
-        elif order and (packed := ply_rows(body, at, count, fields, order)) is not None:
-            at += packed.nbytes
-            table.update({field: packed[field] for field in table})
-        else:
+        if any(length for _, _, length in fields):
             for _ in range(count):
                 for field, kind, length in fields:
-                    n = 1
-                    if length:
-                        n = int(numbers[at] if order is None else np.frombuffer(body, order + length, 1, at)[0])
-                        at += 1 if order is None else np.dtype(length).itemsize
-                    value = numbers[at:at + n] if order is None else np.frombuffer(body, order + kind, n, at)
-                    if n < 0 or len(value) < n:
-                        raise ValueError(f"it ends before its {count} {name}s do")
-                    at += n if order is None else value.nbytes
-                    table[field].append(value if length else value[0])
+                    table[field].append(take(kind, int(take(length, 1)[0])) if length else take(kind, 1)[0])
+        elif order is None:
+            table.update(zip(table, take(None, count * len(fields)).reshape(count, len(fields)).T))
+        else:
+            rows = np.frombuffer(body, [(field, order + kind) for field, kind, _ in fields], count, at)
+            at += rows.nbytes
+            table.update({field: rows[field] for field in table})
     return tables
-
-
-def ply_rows(body, at, count, fields, order):
-    """A binary element as one structured array, where all its lists are as long as those of its first row; else None."""
-    layout, start = [], at
-    for field, kind, length in fields:
-        if length:
-            n = int(np.frombuffer(body, order + length, 1, start)[0]) if count else 0
-            layout.append((field + " length", order + length))
-            start += np.dtype(length).itemsize
-        layout.append((field, order + kind, (n,)) if length else (field, order + kind))
-        start += np.dtype(layout[-1][1:]).itemsize if length else np.dtype(kind).itemsize
-    layout = np.dtype(layout)
-    if at + count * layout.itemsize > len(body):
-        return None
-    rows = np.frombuffer(body, layout, count, at)
-    same = all((rows[name] == rows[name][0]).all() for name in layout.names if name.endswith(" length")) if count else True
-    return rows if same else None
 
 
 def read_ply_mesh(path):
@@ -1012,14 +1175,6 @@ def read_glb(path):
     mesh = trimesh.load_scene(path).to_mesh()
     colours = mesh.visual.to_color().face_colors if mesh.visual.kind == "texture" else mesh.visual.face_colors
     return np.asarray(mesh.triangles, np.float64), np.asarray(colours, np.uint8)[:, :3]
-
-
-def optional(package, path):
-    """Imports a package that only some formats need."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise InputError(f"{path}: reading it needs the package {package}: pip install {package}") from None
 
 
 MESHES = {".obj": read_obj, ".off": read_off, ".ply": read_ply_mesh, ".stl": read_stl, ".glb": read_glb, ".gltf": read_glb}
@@ -1128,7 +1283,7 @@ def raw_patches(pictures):
 
 
 def dino_features(weights=None, device="cpu"):
-    """Patch features of a DINOv2 ViT, a function uint8 (V,S,S,3) -> float32 (V, (S/14)^2, D).
+    """Patch features of a DINOv2 ViT: (function uint8 (V,S,S,3) -> float32 (V, (S/14)^2, D), SHA-256 of its weights).
 
     weights: a released state dict, or torch.hub's directory that holds one (None: torch.hub's own).
     """
@@ -1137,13 +1292,14 @@ def dino_features(weights=None, device="cpu"):
     except ImportError:
         raise InputError("--features dinov2: needs metrics/dinov2.py of this project beside data.py") from None
     try:
-        net = dinov2.load(weights or torch.hub.get_dir()).to(device)
+        path = dinov2.find(weights or torch.hub.get_dir())
+        net = dinov2.load(path).to(device)
     except ValueError as error:
-        raise InputError(f"--weights: {error}; --features patches needs none") from None
-    return lambda pictures: net(torch.from_numpy(pictures).to(device)).float().cpu().numpy()
+        raise InputError(f"DINOv2's weights: {error}; --features patches needs none") from None
+    return lambda pictures: net(torch.from_numpy(pictures).to(device)).float().cpu().numpy(), file_sha256(path)
 
 
-FEATURES = {"dinov2": dino_features, "patches": lambda weights, device: raw_patches}
+FEATURES = {"dinov2": dino_features, "patches": lambda weights, device: (raw_patches, None)}
 
 
 def read_views(files, size):
@@ -1201,6 +1357,185 @@ def write_atomic(path, write):
 
 def write_json(path, content):
     write_atomic(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+SHARD = 2 ** 30      # bytes: some 5,000 pictures of 256 x 256
+
+
+def pack(args):
+    """Writes what Packed reads. Files of a whole shard each, so that a run that was killed goes on at the next one; the
+    bytes depend on the source alone (and on Pillow's decoders), never on interruptions or processes."""
+    if is_packed(args.src):
+        raise InputError(f"{args.src}: packed already; expected pictures")
+    source = Folder(args.src, args.res)
+    listing = dict(format=PACKED_FORMAT, res=args.res, count=len(source), class_names=source.class_names,
+                   crop="ADM's center_crop_arr: halved by box filter while twice too large, bicubic to size, centre crop",
+                   listing_sha256=hashlib.sha256(json.dumps([source.names, source.labels]).encode()).hexdigest(),
+                   pillow=PIL.__version__)
+    manifest = dict(listing, shards=[], source_sha256=None, complete=False)
+    if is_packed(args.dst):
+        manifest = read_manifest(args.dst)
+        differ = [key for key, value in listing.items() if manifest.get(key) != value]
+        if differ:
+            raise InputError(f"{args.dst}: holds a packed set of another {', '.join(differ)}; give another directory")
+    elif os.path.isdir(args.dst) and os.listdir(args.dst):
+        raise InputError(f"{args.dst}: not empty; expected a new directory, or one that data.py pack began")
+    os.makedirs(args.dst, exist_ok=True)
+    at = lambda name: os.path.join(args.dst, name)
+    write_atomic(at("labels.npy"), lambda file: np.save(file, np.array(source.labels, np.int64)))
+    write_atomic(at("files.txt"), lambda file: file.writelines(json.dumps(name).encode() + b"\n" for name in source.names))
+    write_json(at("manifest.json"), manifest)
+    size, begun = max(1, SHARD // (3 * args.res ** 2)), sum(shard["count"] for shard in manifest["shards"])
+    if begun:
+        print(f"{begun} of {len(source)} pictures are in {args.dst} already")
+    results = in_parallel(functools.partial(packed_picture, source), range(begun, len(source)), args.workers, "picture")
+    for start in range(begun, len(source), size):
+        count = min(size, len(source) - start)
+        shard = dict(file=f"pictures-{start // size:05d}.npy", count=count, sha256=None, source_sha256=None)
+        of_source, of_file = hashlib.sha256(), hashlib.sha256()
+
+        def write(file):
+            for bytes_of in (header((count, args.res, args.res, 3)), *itertools.repeat(None, count)):
+                if bytes_of is None:
+                    result = next(results)
+                    if isinstance(result, InputError):
+                        raise result
+                    digest, bytes_of = result
+                    of_source.update(digest)
+                of_file.update(bytes_of)
+                file.write(bytes_of)
+        write_atomic(at(shard["file"]), write)
+        shard.update(sha256=of_file.hexdigest(), source_sha256=of_source.hexdigest())
+        manifest["shards"].append(shard)
+        write_json(at("manifest.json"), manifest)
+    next(results, None)                              # ends the progress bar
+    digest = hashlib.sha256("".join(shard["source_sha256"] for shard in manifest["shards"]).encode()).hexdigest()
+    manifest.update(source_sha256=digest, complete=True)
+    write_json(at("manifest.json"), manifest)
+    total = sum(os.path.getsize(at(name)) for name in os.listdir(args.dst))
+    print(f"{len(source)} pictures of {len(source.class_names) or 'no'} classes at {args.res} x {args.res} in {args.dst}: "
+          f"{len(manifest['shards'])} files, {total / 1e9:.2f} GB; train with --data {args.dst} --res {args.res}")
+
+
+def header(shape):
+    """The first bytes of a .npy of uint8."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+    return file.getvalue()
+
+
+def packed_picture(source, i):
+    """(SHA-256 of the picture's file, its pixels as Folder gives them)."""
+    return hashlib.sha256(picture_bytes(source.path, source.names[i])).digest(), source.item(i)[0].tobytes()
+
+
+def picture_bytes(path, name):
+    """A picture file as it is stored."""
+    try:
+        if is_archive(path):
+            return archive(path, os.getpid())[1](name)
+        with open(os.path.join(path, name), "rb") as file:
+            return file.read()
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{os.path.join(path, name)}: cannot be read ({one_line(error)})") from None
+
+
+def check(args):
+    """Lists what is wrong with a set, file by file, and counts its classes; returns 1 where anything is wrong, else 0."""
+    look, names, classes = contents(args.path)
+    seen, sizes, wrong = {}, {}, collections.Counter()
+
+    def say(what, text):
+        wrong[what] += 1
+        tqdm.write(f"{what}: {text}")
+    if is_packed(args.path):
+        shards = read_manifest(args.path)["shards"]
+        found = in_parallel(file_sha256, [os.path.join(args.path, shard["file"]) for shard in shards], args.workers, "file")
+        for shard, digest in zip(shards, found):
+            if digest != shard["sha256"]:
+                say("damaged", f"{shard['file']}: its SHA-256 is not that of manifest.json; pack it again")
+    for i, result in enumerate(in_parallel(look, range(len(names)), args.workers, "item")):
+        if isinstance(result, InputError):
+            say("unreadable", result)
+            continue
+        digest, sizes[i] = result
+        if (first := seen.setdefault(digest, i)) != i:
+            say("duplicate", f"{names[i]} holds the same as {names[first]}")
+    common, count = collections.Counter(sizes.values()).most_common(1)[0] if sizes else (None, 0)
+    for i, size in sizes.items():
+        if args.least and min(size) < args.least:
+            say("wrong size", f"{names[i]}: {' x '.join(map(str, size))}; expected at least {args.least}")
+        elif not args.least and size != common and count >= 0.9 * len(sizes):
+            say("wrong size", f"{names[i]}: {' x '.join(map(str, size))}; most are {' x '.join(map(str, common))}")
+    for name, count in sorted(collections.Counter(classes).items()):
+        print(f"{name}: {count}")
+    print(f"{args.path}: {len(names)} items; "
+          + (", ".join(f"{count} {what}" for what, count in wrong.items()) or "nothing wrong"))
+    return 1 if wrong else 0
+
+
+NO_CLASS = "no class"      # what check calls it
+
+
+def contents(path):
+    """What is in any set on disk: (function of i -> (digest, size) of an item, its names, its class names)."""
+    if is_packed(path):
+        source = Packed(path)
+        look = functools.partial(look_packed, source)
+        return look, source.files, [source.class_names[k] if source.class_names else NO_CLASS for k in source.labels]
+    if is_archive(path) or os.path.isdir(path) and find_files(path, EXTENSIONS):
+        source = Folder(path, 1)
+        kinds = [source.class_names[k] if source.class_names else NO_CLASS for k in source.labels]
+        if (skipped := len(picture_names(path)) - len(source)):
+            print(f"{path}: train/ is checked, as it is what training reads; the other {skipped} pictures are not")
+        return functools.partial(look_picture, path, source.names), source.files, kinds
+    kind, splits, sources, kinds = ShapeNet, list(SPLITS), [], []
+    if os.path.isdir(path) and find_files(path, {".npz"}):
+        kind, splits = Objaverse, [split for split in SPLITS if os.path.isdir(os.path.join(path, split))] or ["train"]
+    elif path.endswith((".pt", ".pth")):
+        splits = ["val"]
+    for split in splits:
+        try:
+            source = kind(path, 1, split, **dict(labels=True) if kind is ShapeNet else {})
+        except EmptySplit:
+            continue
+        labels = source.labels if source.class_names else [0] * len(source)
+        kinds += [f"{(source.class_names or [NO_CLASS])[k]} {split}" for k in labels]
+        sources.append(source)
+    places = [(source, i) for source in sources for i in range(len(source))]
+    return functools.partial(look_cloud, places), [source.files[i] for source, i in places], kinds
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def look_packed(source, i):
+    pixels = source.item(i)[0]
+    return hashlib.sha256(pixels).digest(), pixels.shape[1::-1]
+
+
+def look_picture(path, names, i):
+    return hashlib.sha256(picture_bytes(path, names[i])).digest(), open_picture(path, names[i]).size
+
+
+def look_cloud(places, i):
+    source, i = places[i]
+    cloud = source.whole(i)
+    return hashlib.sha256(np.ascontiguousarray(cloud)).digest(), (len(cloud),)
+
+
+def stats(args):
+    """Hands over to evaluate.py's reference statistics."""
+    try:
+        import evaluate
+    except ImportError:
+        raise InputError("stats: needs evaluate.py of this project beside data.py") from None
+    evaluate.stats(["--data", args.path, *args.rest])
 
 
 def mesh_jobs(args):
@@ -1314,10 +1649,8 @@ def tokens(args):
     stems = [file.removesuffix("-0.png") for file in find_files(args.src, {".png"}) if file.endswith("-0.png")]
     if not stems:
         raise InputError(f"{args.src}: no views in it; expected the directory that data.py render wrote")
-    extract = FEATURES[args.features](args.weights, args.device)
-    spec = dict(features=args.features, size=args.size, views=len(EYES), weights_sha256=None)
-    if args.features == "dinov2":
-        spec["weights_sha256"] = extract_sha256(args.weights)
+    extract, digest = FEATURES[args.features](args.weights, args.device)
+    spec = dict(features=args.features, size=args.size, views=len(EYES), weights_sha256=digest)
     if (there := read_spec(args.dst)) not in (None, spec):
         raise InputError(f"{args.dst}: holds tokens of another setting ({there}); give another directory")
     os.makedirs(args.dst, exist_ok=True)
@@ -1353,6 +1686,16 @@ def parser():
         c.add_argument("--workers", type=at_least(0), default=cores, help=f"processes (default: one a core, {cores})")
         return c
 
+    pictures = "src", "directory of pictures as training reads it, a .zip of one, or LSUN's lmdb"
+    c = command("pack", pack, "write a picture set once, cropped and resized, in few large files", pictures,
+                ("dst", "directory to write; a run that was interrupted goes on"))
+    c.add_argument("--res", type=at_least(1), required=True, help="side of the packed pictures")
+    c = command("check", check, "list unreadable, duplicate and wrong-size files of any set, and count its classes",
+                ("path", "directory, .zip, lmdb or packed set of pictures; clouds as --dataset shapenet or objaverse reads them"))
+    c.add_argument("--least", type=at_least(1), metavar="N", help="wrong is a picture whose shorter side is below N pixels, or a cloud "
+                   "of fewer points (default: another size than 90 %% have)")
+    command("stats", stats, "reference statistics; all other flags go to evaluate.py stats (--res, --out, ...)",
+            ("path", "whatever evaluate.py stats takes as --data"))
     meshes = "src", f"directory of meshes ({' '.join(MESHES)}), or solids:SPLIT, built in"
     for name, run, help, points in (
             ("sample-meshes", sample_meshes, "points of meshes, uniform by area, as PointFlow's tree DST/CLASS/SPLIT/NAME.npy", 15000),
@@ -1375,13 +1718,20 @@ def parser():
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
-    args.run(args)
+    p = parser()
+    args, rest = p.parse_known_args(argv)
+    if rest and args.run is not stats:
+        p.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    return args.run(args)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except (InputError, OSError) as problem:
         print(f"data.py: {' '.join(str(problem).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("data.py: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)

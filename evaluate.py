@@ -1,7 +1,8 @@
 """Evaluate samples against real data: python evaluate.py --fake X --real Y [--metrics fid is ...] [--json metrics.json]
 
 X and Y may be
-- a directory of pictures, or one of clouds (.npy or .ply, one a file); a directory of sample.py is read as its samples.json says;
+- a directory of pictures, a .zip or lmdb of them, or what data.py pack made of one; or a directory of clouds (.npy or .ply, one a
+  file); a directory of sample.py is read as its samples.json says;
 - an .npz: ADM's (arr_0 uint8 (N,H,W,3), or the reference statistics mu, sigma, mu_s, sigma_s, or both), `images` uint8
   (N,H,W[,3]), or Point-E's (arr_0 floating (N,P,3));
 - clouds in one file: .npy (N,P,3), or a .pt of LION (its reference files with ref, mean, std, or a tensor (N,P,3));
@@ -116,10 +117,14 @@ def open_set(source, args, flag):
     path = Path(source)
     if not path.exists():
         raise InputError(f"{flag} {source}: no such file or directory, nor a data set ({', '.join(RECIPES)})")
-    if path.is_dir():
+    if data.is_packed(path):
+        packed = data.Packed(path)
+        return Set(str(path), "image", len(packed), lambda i: fitted(enlarged(Image.fromarray(packed.item(i)[0]), args), args.res),
+                   lambda i: f"{path} item {i}", file_types(packed.files))
+    if path.is_dir() or data.is_archive(str(path)):
         return folder_set(path, args)
     if path.suffix not in FILES:
-        raise InputError(f"{flag} {source}: expected a directory, or a file {', '.join(FILES)}")
+        raise InputError(f"{flag} {source}: expected a directory, or a file {', '.join(FILES)}, .zip")
     found = FILES[path.suffix](path, args)
     found.sha256 = sample.sha256(path)
     return found
@@ -164,7 +169,8 @@ def folder_set(path, args):
         path = path / args.split if args.split and (path / args.split).is_dir() else path
         found = sorted(p for p in path.rglob("*") if p.suffix in (".npy", ".ply") and not p.name.startswith("."))
         files = list({p.with_suffix(""): p for p in reversed(found)}.values())[::-1]     # .npy before its twin .ply
-        pictures = data.find_pictures(str(path))
+        names = data.picture_names(str(path))
+        pictures = [os.path.join(path, name) for name in names]
         domain = "points" if files else "image"
         if files and pictures:
             print0(f"{path}: {len(files)} clouds; the {len(pictures)} pictures beside them are not read")
@@ -172,7 +178,8 @@ def folder_set(path, args):
         if not files:
             raise InputError(f"{path}: neither pictures nor clouds (.npy, .ply) in it")
     image = domain == "image"
-    read = (lambda i: fitted(enlarged(data.read_image(files[i]), args), args.res)) if image else (lambda i: read_cloud(files[i]))
+    opened = (lambda i: data.read_image(files[i])) if record else (lambda i: data.open_picture(str(path), names[i]))
+    read = (lambda i: fitted(enlarged(opened(i), args), args.res)) if image else (lambda i: read_cloud(files[i]))
     size, named = record.get("size"), record.get("dataset")
     whole = named and not (record.get("crop") or record.get("zoom"))           # the paper has no figure of a crop
     return Set(source=str(path), domain=domain, count=len(files), item=read, name=lambda i: str(files[i]),
@@ -198,7 +205,11 @@ def fitted(image, res):
 def read_cloud(path):
     """One cloud of a file: .npy floating (P,3) or more columns, of which the first three count; .ply."""
     if path.suffix == ".ply":
-        return read_ply(path)
+        try:
+            vertex = data.read_ply(path)["vertex"]
+            return checked_clouds(np.stack([np.asarray(vertex[axis], np.float32) for axis in "xyz"], 1), path, 2)
+        except (ValueError, KeyError, IndexError) as e:
+            raise InputError(f"{path}: not a readable .ply of vertices ({one_line(e)})") from None
     return checked_clouds(load_npy(path), path, 2)
 
 
@@ -221,38 +232,6 @@ def checked_clouds(array, path, dims):
         at = f"cloud {bad[0][0]}, point {bad[0][1]}" if dims == 3 else f"point {bad[0][0]}"
         raise InputError(f"{path}: {len(bad)} points are NaN or infinite, the first is {at}")
     return array
-
-
-PLY_TYPES = dict(char="i1", uchar="u1", short="i2", ushort="u2", int="i4", uint="u4", float="f4", double="f8",
-                 int8="i1", uint8="u1", int16="i2", uint16="u2", int32="i4", uint32="u4", float32="f4", float64="f8")
-
-
-def read_ply(path):
-    """x, y, z of the vertices of a .ply, ascii or binary: float32 (P,3)."""
-    raw = Path(path).read_bytes()
-    head, found, body = raw.partition(b"end_header")
-    lines = head.decode("latin-1").split("\n")
-    try:
-        if not found or lines[0].strip() != "ply":
-            raise ValueError("no PLY header")
-        body = body[body.index(b"\n") + 1:]
-        words = [line.split() for line in lines if line.split() and line.split()[0] in ("format", "element", "property")]
-        kind, (element, count) = words[0][1], words[1][1:3]
-        if element != "vertex":
-            raise ValueError("its first element is not `vertex`")
-        end = next((i for i, w in enumerate(words[2:], 2) if w[0] == "element"), len(words))
-        fields = [(w[2], PLY_TYPES[w[1]]) for w in words[2:end]]
-        if kind == "ascii":
-            lines = body.decode("ascii").splitlines()[:int(count)]
-            rows = [[float(x) for x in line.split()[:len(fields)]] for line in lines]
-            table = dict(zip([f for f, _ in fields], np.array(rows).T.reshape(len(fields), int(count))))
-        else:
-            order = {"binary_little_endian": "<", "binary_big_endian": ">"}[kind]
-            table = np.frombuffer(body, np.dtype([(f, order + t) for f, t in fields]), int(count))
-        cloud = np.stack([np.asarray(table[axis], np.float32) for axis in "xyz"], 1)
-    except (ValueError, KeyError, IndexError, StopIteration) as e:
-        raise InputError(f"{path}: not a readable .ply of vertices ({one_line(e)})") from None
-    return checked_clouds(cloud, path, 2)
 
 
 def array_set(path, array, args, **more):
@@ -348,8 +327,8 @@ def tensor_set(path, args):
         except (AttributeError, ValueError):
             raise InputError(f"{path}: `mean` and `std` are not tensors (S,1,3) and (S,1,1)") from None
         found.affine, found.normalisation = (mean, std), "global"
-    for category in ("airplane", "chair", "car", "all"):
-        if path.name == f"ref_val_{category}.pt":
+    for category in ("airplane", "chair", "car", "all"):                # LION publishes that of all as PF2_val_all.pt
+        if path.name in (f"ref_val_{category}.pt", f"PF2_val_{category}.pt"):
             found.dataset = ("shapenet", category)
     return found
 
@@ -724,6 +703,7 @@ def parser():
     g.add_argument("--raw", action="store_true", help="the last weights instead of the averaged ones")
     g.add_argument("--seed", type=natural, default=0)
     g.add_argument("--points", type=positive, help="points of a cloud, drawn or taken from a data set")
+    g.add_argument("--tokens", metavar="PATH", help="the objects to condition on, one a sample")
     g.add_argument("--guidance", type=float)
     g.add_argument("--solver", choices=sample.SOLVERS)
     g.add_argument("--steps", type=positive)
@@ -778,7 +758,7 @@ def draw(args, n):
     """Draws samples from the checkpoint --fake; returns their directory."""
     words = ["--ckpt", args.fake, "--samples", str(n), "--seed", str(args.seed), "--weights", "raw" if args.raw else "ema",
              "--device", args.device, "--dtype", args.dtype]
-    for flag in ("res", "points", "guidance", "solver", "steps", "out"):
+    for flag in ("res", "points", "tokens", "guidance", "solver", "steps", "out"):
         if getattr(args, flag) is not None:
             words += [f"--{flag}", str(getattr(args, flag))]
     return str(sample.main(words))

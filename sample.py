@@ -682,9 +682,10 @@ def read_condition(args, cfg, spec):
                              "use --tokens")
         if len(args.image) > spec["views"]:
             raise InputError(f"--image: {len(args.image)} pictures; expected one, or {spec['views']} of opposite sides")
-        extract = data.FEATURES[spec["features"]](args.features_weights, args.device if args.device.startswith("cuda") else "cpu")
-        if spec["features"] == "dinov2" and data.features_sha256(args.features_weights) != spec["weights_sha256"]:
-            print0(f"--features-weights: not the file that the training tokens came from (SHA-256 {spec['weights_sha256'][:16]}...)")
+        extract, digest = data.FEATURES[spec["features"]](args.features_weights, "cpu")
+        if digest != spec["weights_sha256"]:
+            raise InputError(f"--features-weights: SHA-256 {digest[:16]}... is not that of the weights that the training tokens were "
+                             f"made with, {spec['weights_sha256'][:16]}...")
         found = torch.from_numpy(data.picture_tokens(data.read_views(args.image, spec["size"]), extract))
         return [sha256(file) for file in args.image], [(" ".join(args.image), lambda: found)]
     path = Path(args.tokens)

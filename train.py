@@ -39,7 +39,7 @@ from sample import (RANK, SOLVERS, WORLD, autocast, generate, generator, grid_pi
 PAPER = dict(lr=1e-4, warmup=0, schedule="constant", ema=0.999, clip=2.0, drop=0.1, path="linear", times="uniform",
              beta2=0.999, flip=False, solver="euler", sampling_steps=100, guidance=1.0)       # App. A
 IMAGENET = dict(PAPER, loader="folder", model="XL", batch_size=512, steps=1_700_000, guidance=1.5, flip=True)
-SCENES = dict(PAPER, loader="folder", model="B", res=256, decode=8192, batch_size=256, steps=1_000_000, flip=True)
+SCENES = dict(PAPER, loader="folder", model="B", res=256, decode=8192, batch_size=256, steps=1_000_000, flip=True, labels=False)
 SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=8500, lr=2e-3, warmup=100, schedule="cosine",
              times="logit-normal", ema=0.999, sampling_steps=50, guidance=2.0)                # two CPU cores
 SMALL_POINTS = dict(SMALL, model="point-tiny", times="uniform", steps=6000, points=512, decode=512, solver="sde", sampling_steps=250)
@@ -67,11 +67,13 @@ def parser():
     flag = lambda group, name, help, **kw: group.add_argument(name, help=help, default=None, **kw)
     g = p.add_argument_group("data")
     flag(g, "--dataset", "recipe and data set (default: glyphs)", choices=RECIPES)
-    flag(g, "--data", "folder or file of the data set; glyphs and solids need none")
+    flag(g, "--data", "folder, packed set or file of the data set; glyphs and solids need none")
     flag(g, "--category", "shapenet: airplane, chair, car, ... or all (default: all)")
     flag(g, "--res", "images: training resolution", type=positive)
     flag(g, "--points", "clouds: points of a training sample", type=positive)
     flag(g, "--flip", "mirror images at random", action=argparse.BooleanOptionalAction)
+    flag(g, "--labels", "read classes: sub-directories of folder (default: yes, but for ffhq256, church256), categories of shapenet "
+         "(default: no)", action=argparse.BooleanOptionalAction)
     g = p.add_argument_group("model")
     flag(g, "--model", "preset", choices=asft.PRESETS)
     flag(g, "--encoder", "how the context is read", choices=sorted({e for es in asft.ENCODERS.values() for e in es}))
@@ -118,7 +120,7 @@ def parser():
     return p
 
 
-DEFAULTS = dict(dataset="glyphs", data=None, category="all", res=None, points=None, encoder=None, width=None, depth=None,
+DEFAULTS = dict(dataset="glyphs", data=None, category="all", res=None, points=None, labels=None, encoder=None, width=None, depth=None,
                 heads=None, latents=None, levels=None, rope=None, seed=0, device="auto", dtype="auto", compile=None,
                 accumulate=1, grad_checkpoint=False, workers=None, out=None, resume=None, log_every=10, save_every=1000,
                 sample_every=1000, keep=1, max_bad_steps=20, plan=False, gpus=8, utilisation=0.4)
@@ -322,12 +324,14 @@ def build(args, given):
     preset = asft.PRESETS[args.model]
     image = preset.get("domain", "image") == "image"
     takes = inspect.signature(data.DATASETS[args.loader]).parameters
-    for flag, name in (("data", "path"), ("res", "res"), ("points", "points"), ("category", "category"), ("flip", "flip")):
+    for flag, name in (("data", "path"), ("res", "res"), ("points", "points"), ("category", "category"), ("flip", "flip"),
+                       ("labels", "labels")):
         if name not in takes and flag in given:
             raise InputError(f"--{flag}: does not apply to --dataset {args.dataset}")
     if "path" in takes and args.data is None:
         raise InputError(f"--dataset {args.dataset}: --data is missing: it needs {data.DATASETS[args.loader].needs}")
-    dataset = data.load(args.loader, args.data, res=args.res, points=args.points, category=args.category, flip=args.flip)
+    dataset = data.load(args.loader, args.data, res=args.res, points=args.points, category=args.category, flip=args.flip,
+                        labels=args.labels)
     if (dataset.domain == "image") != image:
         raise InputError(f"--model {args.model} is for {'images' if image else 'points'}, "
                          f"--dataset {args.dataset} holds {dataset.domain}s".replace("pointss", "points"))

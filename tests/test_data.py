@@ -395,10 +395,10 @@ def test_shapenet_categories(tree):
     ds = data.ShapeNet(tree, points=8, split="test", labels=True)
     assert ds.class_names == ["airplane", "chair", "table"] and ds.labels == [0, 1, 2]
     refused("category car", "02958343", "airplane, chair, table", call=lambda: data.ShapeNet(tree, category="car"))
-    refused("split val", "no .npy", call=lambda: data.ShapeNet(tree, split="val"))
+    refused("split val", "no cloud", call=lambda: data.ShapeNet(tree, split="val"))
     refused("split 'dev'", call=lambda: data.ShapeNet(tree, split="dev"))
     refused("nowhere", "ShapeNetCore.v2.PC15k", call=lambda: data.ShapeNet(tree / "nowhere"))
-    refused("no .npy", call=lambda: data.ShapeNet(tree / "03001627"))
+    refused("no cloud", call=lambda: data.ShapeNet(tree / "03001627"))
 
 
 def test_shapenet_refusals(tree):
