@@ -421,7 +421,7 @@ def is_archive(path):
 def archive(path, process):
     """(names, read) of a .zip of pictures, or of LSUN's lmdb, whose values are picture files: read(name) -> bytes.
 
-    Opened once in every process, since forked ones would share a file position.
+    Opened once in every process, since forked ones would share a file position, and lmdb not at all while it forks.
     """
     if path.lower().endswith(".zip"):
         try:
@@ -436,6 +436,8 @@ def archive(path, process):
         # read-only, without its lock file, which a shared file system may refuse
         view = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False).begin(buffers=False)
         names = [key.decode("latin-1") for key in view.cursor().iternext(values=False)]
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=archive.cache_clear)
     except lmdb.Error as error:
         raise InputError(f"{path}: cannot be read as an lmdb ({one_line(error)})") from None
     return names, lambda name: view.get(name.encode("latin-1"))
@@ -1348,11 +1350,16 @@ def in_parallel(function, items, workers, unit):
 
 def write_atomic(path, write):
     """Writes beside path, then renames: a reader finds the whole file or none."""
-    with open(path + ".tmp", "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except BaseException:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise
 
 
 def write_json(path, content):

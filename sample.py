@@ -699,6 +699,7 @@ def read_condition(args, cfg, spec):
             what = "no cond_token" if found is None else f"cond_token {found.dtype} {found.shape}"
             raise InputError(f"{file}: found {what}; expected floats (T, {cfg.token_dim})")
         return torch.from_numpy(found.astype(np.float32))
+    read(files[0])                                                     # what is wrong with all is told before anything is written
     return args.tokens, [(file, lambda file=file: read(file)) for file in files]
 
 
