@@ -1,0 +1,137 @@
+"""metrics/dinov2.py: against a slow form written out, the released files' layout, and what is refused."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from metrics import dinov2
+
+
+def random_net(mlp=dinov2.MLP, registers=0, side=5, width=128, depth=2):
+    """A small network with the released layout; every weight counts."""
+    torch.manual_seed(0)
+    net = dinov2.DINOv2(width, depth, 48, mlp, registers, side).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.copy_(0.3 * torch.randn_like(parameter))
+    return net
+
+
+def pictures(height, width, n=2):
+    return torch.randint(0, 256, (n, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def slow(state, picture, places, registers, swiglu):
+    """One picture through the equations, patch by patch and head by head, in float64. places (n, D)."""
+    s = {key: value.double() for key, value in state.items()}
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], s[name + ".weight"], s[name + ".bias"], 1e-6)
+    linear = lambda x, name: x @ s[name + ".weight"].T + s[name + ".bias"]
+    pixels = picture.double() / 255
+    pixels = torch.stack([(pixels[..., c] - m) / d for c, (m, d) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))])
+    rows = [s["cls_token"][0, 0] + s["pos_embed"][0, 0]] + ([*s["register_tokens"][0]] if registers else [])
+    for i in range(picture.shape[0] // 14):
+        for j in range(picture.shape[1] // 14):
+            patch = pixels[:, 14 * i:14 * i + 14, 14 * j:14 * j + 14]
+            rows.append((s["patch_embed.proj.weight"] * patch).sum((1, 2, 3)) + s["patch_embed.proj.bias"] + places[len(rows) - 1 - registers])
+    x = torch.stack(rows)
+    D = x.shape[1]
+    for b in (f"blocks.{i}" for i in range(2)):
+        h, heads = linear(norm(x, b + ".norm1"), b + ".attn.qkv"), []
+        for k in range(D // 64):
+            q, key, v = (h[:, part * D + 64 * k:part * D + 64 * k + 64] for part in range(3))
+            heads.append((q @ key.T / 8).softmax(1) @ v)
+        x = x + s[b + ".ls1.gamma"] * linear(torch.cat(heads, 1), b + ".attn.proj")
+        h = norm(x, b + ".norm2")
+        if swiglu:
+            h = linear(h, b + ".mlp.w12")
+            h = linear(h[:, :48] * h[:, :48].sigmoid() * h[:, 48:], b + ".mlp.w3")
+        else:
+            h = linear(h, b + ".mlp.fc1")
+            h = linear(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))), b + ".mlp.fc2")
+        x = x + s[b + ".ls2.gamma"] * h
+    return norm(x, "norm")[1 + registers:]
+
+
+@pytest.mark.parametrize("mlp,registers", [(dinov2.MLP, 0), (dinov2.MLP, 4), (dinov2.SwiGLU, 0), (dinov2.SwiGLU, 4)])
+def test_forward_against_the_equations(mlp, registers):
+    """If a normalisation, scale, head, activation, position or the order of tokens were wrong."""
+    net = random_net(mlp, registers)
+    x = pictures(70, 70)
+    places = net.pos_embed[0, 1:].double()
+    found = net(x)
+    assert found.shape == (2, 25, 128) and found.dtype == torch.float32
+    for picture, own in zip(x, found):
+        assert (slow(net.state_dict(), picture, places, registers, mlp is dinov2.SwiGLU) - own).abs().max() < 1e-4
+
+
+def cubic(x, a=-0.75):
+    x = abs(x)
+    return (a + 2) * x ** 3 - (a + 3) * x ** 2 + 1 if x <= 1 else a * x ** 3 - 5 * a * x ** 2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
+def test_positions_are_resized_as_released():
+    """If positions were resized by size instead of by (size + 0.1) / side: at 448 pixels features then differ visibly."""
+    net = random_net(side=5)
+    assert torch.equal(net.positions(5, 5), net.pos_embed[:, 1:])
+    found, stored = net.positions(4, 3)[0].view(4, 3, -1), net.pos_embed[0, 1:].view(5, 5, -1)
+    weights = []
+    for size in (4, 3):
+        rows = torch.zeros(size, 5)
+        for i in range(size):
+            at = (i + 0.5) * 5 / (size + 0.1) - 0.5                       # half-pixel centres, borders repeated
+            for k in range(math.floor(at) - 1, math.floor(at) + 3):
+                rows[i, min(max(k, 0), 4)] += cubic(at - k)
+        weights.append(rows)
+    assert (torch.einsum("ia,jb,abd->ijd", *weights, stored) - found).abs().max() < 1e-5
+    with_registers = random_net(registers=4, side=5)
+    plain = F.interpolate(with_registers.pos_embed[:, 1:].view(1, 5, 5, -1).permute(0, 3, 1, 2), size=(4, 3), mode="bicubic", antialias=True)
+    assert torch.equal(with_registers.positions(4, 3), plain.flatten(2).mT)
+    assert random_net(side=37)(pictures(448, 448, 1)).shape == (1, 1024, 128)
+
+
+def test_parameter_counts():
+    """If the layout were not that of the released files."""
+    for millions, args in ((22.06, (384, 12, 1536)), (86.58, (768, 12, 3072)), (304.37, (1024, 24, 4096)), (1136.48, (1536, 40, 4096, dinov2.SwiGLU))):
+        with torch.device("meta"):
+            assert round(sum(p.numel() for p in dinov2.DINOv2(*args).parameters()) / 1e6, 2) == millions
+
+
+def test_load_and_find(tmp_path):
+    """If a file were not told by its tensors, or torch.hub's directory not searched."""
+    for name, options in (("vits14", {}), ("vits14_reg4", dict(registers=4)), ("vitg14", dict(mlp=dinov2.SwiGLU))):
+        net = random_net(**options)
+        state = net.state_dict()
+        if name == "vits14":
+            del state["mask_token"]
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        torch.save(state, tmp_path / name / "checkpoints" / f"dinov2_{name}_pretrain.pth")
+        for path in (tmp_path / name, tmp_path / name / "checkpoints", tmp_path / name / "checkpoints" / f"dinov2_{name}_pretrain.pth"):
+            loaded = dinov2.load(path)
+            assert torch.equal(loaded(pictures(28, 42)), net(pictures(28, 42))) and not loaded.training
+    hub = tmp_path / "vits14" / "checkpoints"
+    torch.save(random_net().state_dict(), hub / "dinov2_vitl14_pretrain.pth")
+    with pytest.raises(ValueError, match="expected one file"):
+        dinov2.find(tmp_path / "vits14")
+    torch.save(random_net().state_dict(), hub / "dinov2_vitb14_pretrain.pth")
+    assert dinov2.find(tmp_path / "vits14").name == "dinov2_vitb14_pretrain.pth"
+
+
+def test_refusals(tmp_path):
+    """If a wrong file or picture ended otherwise than in one line that names it."""
+    state = random_net().state_dict()
+    broken = {
+        "no such": None, "not a file of tensors": b"no", "expected a DINOv2 ViT": dict(a=torch.zeros(1)),
+        "missing norm.weight": {k: v for k, v in state.items() if k != "norm.weight"}, "unexpected more": dict(state, more=torch.zeros(1)),
+        "norm.bias is": {**state, "norm.bias": torch.zeros(3)}, "patch_embed.proj.weight": {**state, "patch_embed.proj.weight": torch.zeros(128, 3, 16, 16)}}
+    for i, (words, content) in enumerate(broken.items()):
+        path = tmp_path / f"{i}.pth"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        with pytest.raises(ValueError) as caught:
+            dinov2.load(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value) and (words in str(caught.value) or content is None)
+    for x in (pictures(28, 30), pictures(28, 28).float(), pictures(28, 28).permute(0, 3, 1, 2)):
+        with pytest.raises(ValueError, match="multiples of 14"):
+            random_net()(x)
