@@ -37,10 +37,12 @@ from metrics import clouds, frechet  # noqa: E402
 
 
 def row(name, ours, theirs, goal, rounds=5, note=""):
-    """Prints the medians of ours() and theirs(), each seconds for the same amount of work, taken in turn, and their ratio."""
+    """Prints the medians of ours() and theirs(), each seconds for the same amount of work, taken in turn, and their ratio; returns
+    the first."""
     pairs = [(ours(), theirs()) for _ in range(rounds)]
     a, b = (statistics.median(column) for column in zip(*pairs))
     report(name, a, b, goal, note)
+    return a
 
 
 def report(name, a, b, goal, note=""):
@@ -226,7 +228,7 @@ def large():
 
 
 def folder():
-    """Training data: `folder` at 256 from JPEGs of 500 x 375, one worker; seconds per picture."""
+    """Training data at 256 from JPEGs of 500 x 375, as a folder and packed, one worker; seconds per picture."""
     with tempfile.TemporaryDirectory() as place:
         glyphs, noise = data.Glyphs(500), np.random.default_rng(0)
         files = []
@@ -240,17 +242,25 @@ def folder():
                 np.asarray(Image.open(file).convert("RGB").resize((341, 256), Image.BICUBIC))
             return len(files)
 
-        source = data.loader(data.load("folder", place, res=256, flip=True), 0, 0, 16, 16, workers=1)
+        def loaded(path, count):
+            source = data.loader(data.load("folder", path, res=256, flip=True), 0, 0, 16, 16, workers=1)
 
-        def loaded():
-            for _ in range(8):                                         # what the worker read ahead in the meantime
-                next(source)
-            started = time.perf_counter()
-            for _ in range(12):
-                next(source)
-            return (time.perf_counter() - started) / (12 * 16)
-        loaded()
-        row("folder loader, one worker / bare Pillow, one thread", loaded, timed(bare), ">= 0.85", rounds=9)
+            def run():
+                for _ in range(8):                                     # what the worker read ahead in the meantime
+                    next(source)
+                started = time.perf_counter()
+                for _ in range(count):
+                    next(source)
+                return (time.perf_counter() - started) / (count * 16)
+            run()
+            return run
+        one = row("folder loader, one worker / bare Pillow, one thread", loaded(place, 12), timed(bare), ">= 0.85", rounds=9)
+        data.main(["pack", place, f"{place}/packed", "--res", "256"])
+        two = row("packed set, one worker / folder, one worker", loaded(f"{place}/packed", 60), loaded(place, 12), "", rounds=9)
+        for model in ("B", "XL"):
+            rate = 8 * 0.4 * train.H100_FLOPS / (3 * asft.forward_flops(asft.config(model, n_classes=1000), 8192)[0])
+            print(f"  ImageNet-256, {model} on 8 H100 at 40 % of their peak: {rate:,.0f} pictures/s; cores: folder {rate * one:.1f} "
+                  f"(of {1 / one:,.0f} pictures/s each), packed {rate * two:.2f} ({1 / two:,.0f} each)", flush=True)
 
 
 def small():

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import data
 import evaluate
 import sample
 import train
@@ -193,7 +194,7 @@ def test_readme_line_counts_are_real():
 
 def test_readme_commands_parse():
     """If a command of the README used a flag that does not exist."""
-    scripts = {"train.py": train.parser(), "sample.py": sample.parser(), "evaluate.py": evaluate.parser()}
+    scripts = {"train.py": train.parser(), "sample.py": sample.parser(), "evaluate.py": evaluate.parser(), "data.py": data.parser()}
     found = 0
     for block in re.findall(r"```(?:bash|sh|console|)\n(.*?)```", readme(), re.S):
         for line in block.replace("\\\n", " ").replace("&&", "\n").splitlines():
