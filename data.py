@@ -1345,7 +1345,12 @@ def in_parallel(function, items, workers, unit):
     results = iter(source)
     if workers:
         atexit.register(results._shutdown_workers)
-    yield from tqdm(results, total=len(items), unit=unit)
+    try:
+        yield from tqdm(results, total=len(items), unit=unit)
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise InputError("a worker process was killed, most likely for want of memory; fewer --workers need less") from None
 
 
 def write_atomic(path, write):
@@ -1388,6 +1393,7 @@ def pack(args):
     elif os.path.isdir(args.dst) and os.listdir(args.dst):
         raise InputError(f"{args.dst}: not empty; expected a new directory, or one that data.py pack began")
     os.makedirs(args.dst, exist_ok=True)
+    lock = only_one(args.dst)
     at = lambda name: os.path.join(args.dst, name)
     write_atomic(at("labels.npy"), lambda file: np.save(file, np.array(source.labels, np.int64)))
     write_atomic(at("files.txt"), lambda file: file.writelines(json.dumps(name).encode() + b"\n" for name in source.names))
@@ -1415,13 +1421,27 @@ def pack(args):
         shard.update(sha256=of_file.hexdigest(), source_sha256=of_source.hexdigest())
         manifest["shards"].append(shard)
         write_json(at("manifest.json"), manifest)
-    next(results, None)                              # ends the progress bar
+    next(results, None)                               # ends the progress bar
     digest = hashlib.sha256("".join(shard["source_sha256"] for shard in manifest["shards"]).encode()).hexdigest()
     manifest.update(source_sha256=digest, complete=True)
     write_json(at("manifest.json"), manifest)
+    os.close(lock)
     total = sum(os.path.getsize(at(name)) for name in os.listdir(args.dst))
     print(f"{len(source)} pictures of {len(source.class_names) or 'no'} classes at {args.res} x {args.res} in {args.dst}: "
           f"{len(manifest['shards'])} files, {total / 1e9:.2f} GB; train with --data {args.dst} --res {args.res}")
+
+
+def only_one(directory):
+    """Locks a directory for as long as this process, or the returned descriptor, lives."""
+    lock = os.open(directory if os.name == "posix" else os.devnull, os.O_RDONLY)
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{directory}: another process is writing it") from None
+    except (ImportError, OSError):                    # no such locks on this system, or not on its shared file system
+        pass
+    return lock
 
 
 def header(shape):
@@ -1450,6 +1470,8 @@ def picture_bytes(path, name):
 def check(args):
     """Lists what is wrong with a set, file by file, and counts its classes; returns 1 where anything is wrong, else 0."""
     look, names, classes = contents(args.path)
+    if not names:
+        raise InputError(f"{args.path}: nothing to check; expected pictures, clouds, or a packed set, as train.py reads them")
     seen, sizes, wrong = {}, {}, collections.Counter()
 
     def say(what, text):
@@ -1496,6 +1518,8 @@ def contents(path):
         if (skipped := len(picture_names(path)) - len(source)):
             print(f"{path}: train/ is checked, as it is what training reads; the other {skipped} pictures are not")
         return functools.partial(look_picture, path, source.names), source.files, kinds
+    if not os.path.isdir(path) and not (os.path.isfile(path) and path.endswith((".pt", ".pth", ".hdf5", ".h5"))):
+        raise InputError(f"{path}: no such set; expected pictures, clouds, or a packed set, as train.py reads them")
     kind, splits, sources, kinds = ShapeNet, list(SPLITS), [], []
     if os.path.isdir(path) and find_files(path, {".npz"}):
         kind, splits = Objaverse, [split for split in SPLITS if os.path.isdir(os.path.join(path, split))] or ["train"]
@@ -1542,7 +1566,10 @@ def stats(args):
         import evaluate
     except ImportError:
         raise InputError("stats: needs evaluate.py of this project beside data.py") from None
-    evaluate.stats(["--data", args.path, *args.rest])
+    try:
+        evaluate.stats(["--data", args.path, *args.rest])
+    except ValueError as error:                       # its InputError is that of the imported data.py, not of this script
+        raise InputError(str(error)) from None
 
 
 def mesh_jobs(args):
@@ -1736,8 +1763,9 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (InputError, OSError) as problem:
-        print(f"data.py: {' '.join(str(problem).split())}", file=sys.stderr)
+    except (InputError, OSError, MemoryError) as problem:
+        text = f"{problem.filename or 'writing'}: {problem.strerror}" if isinstance(problem, OSError) else str(problem) or "out of memory"
+        print(f"data.py: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("data.py: interrupted; the same command goes on where it stopped", file=sys.stderr)
