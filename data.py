@@ -1580,7 +1580,7 @@ def mesh_jobs(args):
         return [((split, i), split, solids.class_names[i % len(solids.class_names)], f"{i:06d}") for i in range(args.n or 1)]
     if not os.path.isdir(args.src):
         raise InputError(f"{args.src}: no such directory; expected one of meshes ({' '.join(MESHES)}), or solids[:SPLIT]")
-    official, jobs = read_splits(args.splits) if args.splits else {}, []
+    official, jobs, taken = read_splits(args.splits) if args.splits else {}, [], {}
     for file in find_files(args.src, set(MESHES))[:args.n]:
         parts = os.path.splitext(os.path.relpath(file, args.src))[0].split(os.sep)
         parts = [part for part in parts if part not in ("models", "model_normalized")] or parts[-1:]      # ShapeNetCore's
@@ -1589,14 +1589,15 @@ def mesh_jobs(args):
         name = "-".join(parts[1:] or parts)
         share = int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:4], "big") / 2 ** 32
         split = here[0] if here else official.get(parts[-1]) or ("val" if share < args.val else "train")
-        jobs.append((file, split, parts[0] if len(parts) > 1 else "objects", name))
+        kind = parts[0] if len(parts) > 1 else "objects"
+        if (split, kind, name) in taken:              # link.obj beside link.stl
+            name += os.path.splitext(file)[1].replace(".", "-")
+        if (split, kind, name) in taken:
+            raise InputError(f"{file}: would be written where {taken[split, kind, name]} is; expected names that differ")
+        taken[split, kind, name] = file
+        jobs.append((file, split, kind, name))
     if not jobs:
         raise InputError(f"{args.src}: no meshes in it; expected files of {' '.join(MESHES)}")
-    first = {}
-    for job in jobs:
-        if job[1:] in first:
-            raise InputError(f"{job[0]}: would be written where {first[job[1:]]} is; expected names that differ")
-        first[job[1:]] = job[0]
     return jobs
 
 

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -391,11 +392,18 @@ def test_sample_meshes(tmp_path, capsys):
     (tmp_path / "src" / "04256520" / "abc" / "models").mkdir(parents=True)
     (tmp_path / "src" / "04256520" / "abc" / "models" / "model_normalized.obj").write_text(
         "v 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nv 3 0 1\nv 0 1 1\nf 1 2 3\nf 4 5 6\n")                        # areas 1 : 3
-    code, out, error = command("sample-meshes", tmp_path / "src", tmp_path / "bad", "--points", 50, "--workers", 1)
-    assert code == 2 and "ascii.stl" in error and "ascii.ply" in error                                     # of one name
+    code, _, _ = command("sample-meshes", tmp_path / "src", tmp_path / "bad", "--points", 50, "--workers", 1)
+    assert code == 0 and len(list((tmp_path / "bad").rglob("*.npy"))) == 17                                # quads.obj and quads.off
+    assert (tmp_path / "bad" / "box" / "val" / "quads-off.npy").exists() and (tmp_path / "bad" / "box" / "val" / "quads.npy").exists()
     for folder in ("03001627/train", "box/val"):
         for name in ("quads.off", "joined.off", "ascii.stl", "binary.stl", "big.ply", "little.ply"):
             (tmp_path / "src" / folder / name).unlink()
+    (tmp_path / "src" / "x-y" / "train").mkdir(parents=True)
+    (tmp_path / "src" / "x-y" / "a").mkdir(parents=True)
+    for path in ("x-y/train/a-b.off", "x-y/a-b.off", "x-y/a/b.off"):
+        (tmp_path / "src" / path).write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
+    refused("a-b.off", "names that differ", call=lambda: run("sample-meshes", tmp_path / "src", tmp_path / "bad2"))
+    shutil.rmtree(tmp_path / "src" / "x-y")
     (tmp_path / "all.csv").write_text("id,synsetId,subSynsetId,modelId,split\n1,04256520,04256520,abc,test\n")
     flags = ["sample-meshes", tmp_path / "src", tmp_path / "dst", "--points", 4000, "--splits", tmp_path / "all.csv"]
     run(*flags)
