@@ -1039,12 +1039,12 @@ def fans(points, polygons):
 def read_off(path):
     """Geomview's OFF; in ModelNet's files the counts may follow the word without a space."""
     with open(path, encoding="latin-1") as file:
-        words = " ".join(line.split("#")[0] for line in file)
-        file.seek(0)
         rows = [row for row in (line.split("#")[0].split() for line in file) if row]
-    if not words.lstrip().upper().startswith("OFF"):
+    at = rows[0][0].upper().find("OFF") if rows else -1      # COFF, NOFF: with colours, normals, which come after x y z
+    if at < 0:
         raise ValueError("it does not begin with OFF")
-    counts = [rows[0][0][3:], *rows[0][1:]] if len(rows[0]) > 1 or len(rows[0][0]) > 3 else rows.pop(1)
+    counts = [rows[0][0][at + 3:], *rows[0][1:]]
+    counts = counts if any(counts) else rows.pop(1)
     n_points, n_faces = [int(word) for word in counts if word][:2]
     points, faces = rows[1:1 + n_points], rows[1 + n_points:1 + n_points + n_faces]
     if len(faces) < n_faces:
@@ -1058,7 +1058,7 @@ def read_obj(path):
     points, faces, kinds, materials, kind = [], [], [], {}, None
     with open(path, encoding="latin-1") as file:
         for line in file:
-            word, _, rest = line.strip().partition(" ")
+            word, rest = (*line.split(None, 1), "", "")[:2]
             if word == "v":
                 points.append([float(x) for x in rest.split()[:3]])
             elif word == "f":
@@ -1162,7 +1162,7 @@ def read_stl(path):
     with open(path, "rb") as file:
         raw = file.read()
     count = int.from_bytes(raw[80:84], "little")
-    if len(raw) == 84 + 50 * count:
+    if len(raw) == 84 + 50 * count or len(raw) > 84 + 50 * count and not raw.lstrip().startswith(b"solid"):
         facets = np.frombuffer(raw, np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("spare", "<u2")]), count, 84)
         return facets["corners"].astype(np.float64), None
     if not raw.lstrip().startswith(b"solid"):
@@ -1298,6 +1298,8 @@ def dino_features(weights=None, device="cpu"):
         net = dinov2.load(path).to(device)
     except ValueError as error:
         raise InputError(f"DINOv2's weights: {error}; --features patches needs none") from None
+    except (RuntimeError, AssertionError) as error:   # of torch, for a device that is not there
+        raise InputError(f"--device {device}: cannot be used ({one_line(error)})") from None
     return lambda pictures: net(torch.from_numpy(pictures).to(device)).float().cpu().numpy(), file_sha256(path)
 
 
