@@ -1381,7 +1381,7 @@ def pack(args):
     bytes depend on the source alone (and on Pillow's decoders), never on interruptions or processes."""
     if is_packed(args.src):
         raise InputError(f"{args.src}: packed already; expected pictures")
-    source = Folder(args.src, args.res)
+    source = Folder(args.src, args.res, labels=not args.no_labels)
     listing = dict(format=PACKED_FORMAT, res=args.res, count=len(source), class_names=source.class_names,
                    crop="ADM's center_crop_arr: halved by box filter while twice too large, bicubic to size, centre crop",
                    listing_sha256=hashlib.sha256(json.dumps([source.names, source.labels]).encode()).hexdigest(),
@@ -1727,6 +1727,7 @@ def parser():
     c = command("pack", pack, "write a picture set once, cropped and resized, in few large files", pictures,
                 ("dst", "directory to write; a run that was interrupted goes on"))
     c.add_argument("--res", type=at_least(1), required=True, help="side of the packed pictures")
+    c.add_argument("--no-labels", action="store_true", help="sub-directories are no classes (those of FFHQ)")
     c = command("check", check, "list unreadable, duplicate and wrong-size files of any set, and count its classes",
                 ("path", "directory, .zip, lmdb or packed set of pictures; clouds as --dataset shapenet or objaverse reads them"))
     c.add_argument("--least", type=at_least(1), metavar="N", help="wrong is a picture whose shorter side is below N pixels, or a cloud "

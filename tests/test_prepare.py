@@ -84,6 +84,8 @@ def test_ffhq_and_church_have_no_classes(tmp_path):
         args, given, _ = train.settings(["--dataset", name, "--data", str(tmp_path / name[:-3]), "--device", "cpu"])
         ds, cfg = train.build(args, given)
         assert ds.class_names == [] and cfg.n_classes == 0 and len(ds) == 6 and {label for label, _ in items(ds)} == {0}
+    run("pack", tmp_path / "ffhq", tmp_path / "packed", "--res", 16, "--no-labels")
+    assert data.load("folder", tmp_path / "packed").class_names == []
 
 
 def test_zip_is_read_as_the_folder_it_holds(imagenet, tmp_path):
@@ -145,12 +147,29 @@ def test_packed_is_the_folder_pixel_for_pixel(imagenet, tmp_path, monkeypatch):
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
     assert (manifest["count"], manifest["res"], manifest["class_names"]) == (22, 16, folder.class_names)
     assert "ADM" in manifest["crop"] and len(manifest["source_sha256"]) == 64
-    # one epoch of 22 over two processes of two workers each
-    ranks = [[(int(k), p.numpy().tobytes()) for _, (x, y) in zip(range(11), data.loader(packed, 5, 0, 2, 1, r, 2, workers=2))
-              for p, k in zip(x, y)] for r in (0, 1)]
-    mirrored = {pixels: {pixels, np.frombuffer(pixels, np.uint8).reshape(16, 16, 3)[:, ::-1].tobytes()} for _, pixels in items(folder)}
-    seen = [next(key for key, both in mirrored.items() if pixels in both) for rank in ranks for _, pixels in rank]
-    assert sorted(seen) == sorted(mirrored) and len(seen) == 22
+
+
+EPOCH = """
+import sys, torch, data, sample
+packed = data.load("folder", sys.argv[1], res=16)
+sample.start_processes("cpu")
+for step, (values, labels) in zip(range(11), data.loader(packed, 5, 0, 2, 1, sample.RANK, sample.WORLD, workers=2)):
+    open(f"{sys.argv[2]}/seen-{sample.RANK}", "a").write(f"{int(labels)} {values.numpy().tobytes().hex()}\\n")
+sample.wait_for_all()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_of_two_workers_see_every_item_once(imagenet, tmp_path):
+    """If a process or a worker read an item twice, or never, within an epoch."""
+    run("pack", imagenet, tmp_path / "set", "--res", 16)
+    (tmp_path / "epoch.py").write_text(EPOCH)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+                           str(tmp_path / "epoch.py"), str(tmp_path / "set"), str(tmp_path)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    seen = [(int(k), bytes.fromhex(pixels)) for r in (0, 1) for k, pixels in (line.split() for line in open(tmp_path / f"seen-{r}"))]
+    assert len(seen) == 22 and sorted(seen) == sorted(items(data.load("folder", imagenet, res=16)))
 
 
 KILLED = """
