@@ -113,8 +113,8 @@ class DINOv2(nn.Module):
         return stored.flatten(2).mT
 
     def forward(self, pictures):
-        if pictures.dtype != torch.uint8 or pictures.dim() != 4 or pictures.shape[3] != 3 or pictures.shape[1] % PATCH or \
-                pictures.shape[2] % PATCH:
+        if pictures.dtype != torch.uint8 or pictures.dim() != 4 or pictures.shape[3] != 3 or \
+                any(n % PATCH or not n for n in pictures.shape[1:3]):
             raise ValueError(f"pictures are {pictures.dtype} {tuple(pictures.shape)}: expected uint8 (B,H,W,3), H and W multiples of {PATCH}")
         mean, std = (torch.tensor(z, device=pictures.device) for z in (MEAN, STD))
         x = self.patch_embed["proj"](((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2))          # (B, D, H/14, W/14)
@@ -135,7 +135,7 @@ def find(path):
     found = sorted(file for folder in (path, path / "checkpoints") for file in folder.glob("dinov2_*_pretrain.pth"))
     chosen = [file for file in found if file.name == FILE] or found
     if len(chosen) != 1:
-        listed = f"holds {', '.join(file.name for file in chosen)}; expected one file, give its path" if chosen else \
+        listed = f"holds {', '.join(str(file.relative_to(path)) for file in chosen)}; expected one file, give its path" if chosen else \
             f"no file, nor a directory that holds dinov2_*_pretrain.pth; expected {FILE} of Meta's DINOv2"
         raise ValueError(f"{path}: {listed}")
     return chosen[0]
@@ -147,20 +147,21 @@ def load(path):
     path = find(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {key: value.float() for key, value in state.items()}
+        state = {str(key): value.float() for key, value in state.items()}
     except Exception as e:     # a broken or foreign file raises whatever its bytes provoke
         raise ValueError(f"{path}: not a file of tensors ({type(e).__name__}); expected {FILE} or one of its siblings") from None
     shape = lambda key: tuple(state[key].shape) if key in state else ()
     places, proj = shape("pos_embed"), shape("patch_embed.proj.weight")
-    depth = sum(key.startswith("blocks.") and key.endswith(".norm1.weight") for key in state)
-    mlp, out = (SwiGLU, "blocks.0.mlp.w3.weight") if "blocks.0.mlp.w3.weight" in state else (MLP, "blocks.0.mlp.fc2.weight")
-    side = math.isqrt(places[1] - 1) if len(places) == 3 and places[1] > 1 else 0
-    if not side or places[1] != 1 + side ** 2 or proj != (places[2], 3, PATCH, PATCH) or places[2] % HEAD or len(shape(out)) != 2:
-        raise ValueError(f"{path}: pos_embed {places or 'missing'}, patch_embed.proj.weight {proj or 'missing'}; expected a DINOv2 ViT "
-                         f"of patch {PATCH}, such as {FILE}")
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    mlp, out = (SwiGLU, "blocks.0.mlp.w3.weight") if any(".mlp.w" in key for key in state) else (MLP, "blocks.0.mlp.fc2.weight")
+    side = math.isqrt(places[1] - 1) if len(places) == 3 and places[1] > 1 and places[2] else 0
+    if not side or places[1] != 1 + side ** 2 or proj != (places[2], 3, PATCH, PATCH) or places[2] % HEAD or not depth:
+        raise ValueError(f"{path}: pos_embed {places or 'missing'}, patch_embed.proj.weight {proj or 'missing'}, {depth} blocks; expected "
+                         f"a DINOv2 ViT of patch {PATCH}, such as {FILE}")
+    hidden = shape(out)[1] if len(shape(out)) == 2 else 4 * places[2]  # a guess: the missing key is named below
     registers = shape("register_tokens")[1] if len(shape("register_tokens")) == 3 else 0
     with torch.device("meta"):                                         # no second copy of up to 1.1 billion parameters
-        net = DINOv2(places[2], depth, shape(out)[1], mlp, registers, side)
+        net = DINOv2(places[2], depth, hidden, mlp, registers, side)
     own = net.state_dict()
     state.setdefault("mask_token", torch.zeros(1, places[2]))
     wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]

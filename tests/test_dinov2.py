@@ -64,6 +64,34 @@ def test_forward_against_the_equations(mlp, registers):
         assert (slow(net.state_dict(), picture, places, registers, mlp is dinov2.SwiGLU) - own).abs().max() < 1e-4
 
 
+def test_black_and_white_by_hand():
+    """If grey levels were scaled otherwise than by ImageNet's mean and deviation of channels in [0,1]."""
+    net, seen = random_net(side=2), []
+    net.patch_embed["proj"].register_forward_pre_hook(lambda module, x: seen.append(x[0]))
+    for level in (0, 255):
+        net(torch.full((1, 28, 28, 3), level, dtype=torch.uint8))
+    black, white = torch.tensor([-2.117904, -2.035714, -1.804444]), torch.tensor([2.248908, 2.428571, 2.64])
+    for x, expected in zip(seen, (black, white)):
+        torch.testing.assert_close(x, expected[None, :, None, None].expand(1, 3, 28, 28), rtol=0, atol=1e-5)
+
+
+def test_layer_scale_of_zero_leaves_the_residual():
+    """If LayerScale were outside a branch, or missing on one of the two."""
+    net = random_net()
+    for block in net.blocks:
+        block.ls1.gamma.zero_(), block.ls2.gamma.zero_()
+    x = torch.randn(1, 26, 128)
+    assert torch.equal(net.blocks[1](net.blocks[0](x)), x)
+    net.blocks[0].ls1.gamma.fill_(0.5)
+    torch.testing.assert_close(net.blocks[0](x), x + 0.5 * net.blocks[0].attn(net.blocks[0].norm1(x)))
+
+
+def test_pictures_do_not_see_each_other():
+    """If features of a picture depended on its batch."""
+    net, x = random_net(registers=4), pictures(42, 28, 3)
+    torch.testing.assert_close(net(x)[1:2], net(x[1:2]), rtol=1e-4, atol=1e-5)
+
+
 def cubic(x, a=-0.75):
     x = abs(x)
     return (a + 2) * x ** 3 - (a + 3) * x ** 2 + 1 if x <= 1 else a * x ** 3 - 5 * a * x ** 2 + 8 * a * x - 4 * a if x < 2 else 0.0
@@ -96,6 +124,11 @@ def test_parameter_counts():
             assert round(sum(p.numel() for p in dinov2.DINOv2(*args).parameters()) / 1e6, 2) == millions
 
 
+def test_norms_are_meta_s():
+    """If norms had torch's default of 1e-5, which random weights of this size do not show."""
+    assert {m.eps for m in random_net().modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
+
+
 def test_load_and_find(tmp_path):
     """If a file were not told by its tensors, or torch.hub's directory not searched."""
     for name, options in (("vits14", {}), ("vits14_reg4", dict(registers=4)), ("vitg14", dict(mlp=dinov2.SwiGLU))):
@@ -114,6 +147,10 @@ def test_load_and_find(tmp_path):
         dinov2.find(tmp_path / "vits14")
     torch.save(random_net().state_dict(), hub / "dinov2_vitb14_pretrain.pth")
     assert dinov2.find(tmp_path / "vits14").name == "dinov2_vitb14_pretrain.pth"
+    (tmp_path / "vits14" / "dinov2_vitb14_pretrain.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds checkpoints/dinov2_vitb14_pretrain.pth, dinov2_vitb14_pretrain.pth; expected one file"):
+        dinov2.find(tmp_path / "vits14")
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
 def test_refusals(tmp_path):
@@ -122,6 +159,8 @@ def test_refusals(tmp_path):
     broken = {
         "no such": None, "not a file of tensors": b"no", "expected a DINOv2 ViT": dict(a=torch.zeros(1)),
         "missing norm.weight": {k: v for k, v in state.items() if k != "norm.weight"}, "unexpected more": dict(state, more=torch.zeros(1)),
+        "unexpected 3": {**state, 3: torch.zeros(1)}, "0 blocks": {k: v for k, v in state.items() if not k.startswith("blocks")},
+        **{f"missing {key}": {k: v for k, v in state.items() if k != key} for key in ("blocks.0.mlp.fc2.weight", "blocks.1.norm1.weight")},
         "norm.bias is": {**state, "norm.bias": torch.zeros(3)}, "patch_embed.proj.weight": {**state, "patch_embed.proj.weight": torch.zeros(128, 3, 16, 16)}}
     for i, (words, content) in enumerate(broken.items()):
         path = tmp_path / f"{i}.pth"
@@ -132,6 +171,6 @@ def test_refusals(tmp_path):
         with pytest.raises(ValueError) as caught:
             dinov2.load(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value) and (words in str(caught.value) or content is None)
-    for x in (pictures(28, 30), pictures(28, 28).float(), pictures(28, 28).permute(0, 3, 1, 2)):
+    for x in (pictures(28, 30), pictures(28, 0), pictures(28, 28).float(), pictures(28, 28).permute(0, 3, 1, 2)):
         with pytest.raises(ValueError, match="multiples of 14"):
             random_net()(x)
