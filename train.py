@@ -301,10 +301,10 @@ def draw_curve(path, records, width=720, height=360):
 
 def sample_picture(path, model, ema, args, dataset, device, dtype, n=16):
     """The same n seeds with EMA weights (upper half) and raw weights (lower half), in at most 25 Euler steps; of all
-    classes in turn, or conditioned on the first objects' tokens."""
+    classes in turn, or conditioned on objects from all over the set."""
     cfg, pictures, n_classes = model.cfg, [], len(dataset.class_names)
     label = torch.arange(n, device=device) % n_classes if n_classes else None
-    tokens = torch.stack([torch.from_numpy(dataset.item(i % len(dataset))[2]) for i in range(n)]).to(device) if cfg.token_dim else None
+    tokens = torch.stack([torch.from_numpy(dataset.item(i * len(dataset) // n)[2]) for i in range(n)]).to(device) if cfg.token_dim else None
     guidance = args.guidance if n_classes or cfg.token_dim else 1.0
     for net in (ema, model):
         net.eval()
