@@ -726,7 +726,8 @@ class ShapeNet:
             tree = h5py and h5py.File(path, "r")
             present = sorted(tree) if h5py else sorted(name for name in os.listdir(path) if any(
                 os.path.isdir(os.path.join(path, name, part)) for part in SPLITS))
-            synset = {name: key for key, name in CATEGORIES.items()}.get(category, category)
+            known = {name: key for key, name in CATEGORIES.items()}
+            synset = category if category in present else known.get(category, category)
             if category != "all" and synset not in present:
                 known = ", ".join(CATEGORIES.get(name, name) for name in present) or "none"
                 raise InputError(f"category {category}: no {os.path.join(path, synset)}; the tree has {known}")
@@ -1580,6 +1581,8 @@ def mesh_jobs(args):
     if kind == "solids" and not os.path.exists(args.src):
         solids, split = Solids(1, split or "train"), split or "train"
         return [((split, i), split, solids.class_names[i % len(solids.class_names)], f"{i:06d}") for i in range(args.n or 1)]
+    if not 0 <= args.val <= 1:
+        raise InputError(f"--val {args.val}: expected a share between 0 and 1")
     if not os.path.isdir(args.src):
         raise InputError(f"{args.src}: no such directory; expected one of meshes ({' '.join(MESHES)}), or solids[:SPLIT]")
     official, jobs, taken = read_splits(args.splits) if args.splits else {}, [], {}
