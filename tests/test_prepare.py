@@ -175,9 +175,9 @@ def test_two_processes_of_two_workers_see_every_item_once(imagenet, tmp_path):
 KILLED = """
 import sys, time, data
 data.SHARD = 4 * 3 * 32 ** 2
-item = data.Folder.item
-data.Folder.item = lambda self, i, rng=None: (time.sleep(0.02), item(self, i, rng))[1]
-data.main(["pack", *sys.argv[1:], "--res", "32"])
+write = data.write_json
+data.write_json = lambda *args: (write(*args), time.sleep(float(sys.argv[1])))      # time to be killed in, after every file
+data.main(["pack", *sys.argv[2:], "--res", "32"])
 """
 
 
@@ -185,9 +185,10 @@ def test_pack_killed_half_way_and_run_again_gives_the_same_bytes(tmp_path):
     """If an interrupted pack lost, doubled or reordered pictures, or its bytes depended on the number of processes."""
     for i in range(40):
         draw(tmp_path / "in" / "ab"[i % 2] / f"{i}.png", i)
-    program = [sys.executable, "-c", KILLED, str(tmp_path / "in")]
-    subprocess.run([*program, str(tmp_path / "straight"), "--workers", "0"], cwd=ROOT, check=True, capture_output=True)
-    broken = subprocess.Popen([*program, str(tmp_path / "killed"), "--workers", "2"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    def pack(pause, name, workers):
+        return [sys.executable, "-c", KILLED, pause, str(tmp_path / "in"), str(tmp_path / name), "--workers", workers]
+    subprocess.run(pack("0", "straight", "0"), cwd=ROOT, check=True, capture_output=True)
+    broken = subprocess.Popen(pack("0.3", "killed", "2"), cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
     while len(list((tmp_path / "killed").glob("pictures-*.npy"))) < 3 and time.time() < deadline:
         time.sleep(0.005)
@@ -196,7 +197,7 @@ def test_pack_killed_half_way_and_run_again_gives_the_same_bytes(tmp_path):
     begun = json.loads((tmp_path / "killed" / "manifest.json").read_text())
     assert not begun["complete"] and 2 <= len(begun["shards"]) < 10
     refused("in part", "again", call=lambda: data.load("folder", tmp_path / "killed", res=32))
-    again = subprocess.run([*program, str(tmp_path / "killed"), "--workers", "2"], cwd=ROOT, check=True, capture_output=True, text=True)
+    again = subprocess.run(pack("0", "killed", "2"), cwd=ROOT, check=True, capture_output=True, text=True)
     assert f"{4 * len(begun['shards'])} of 40 pictures" in again.stdout
     names = sorted(os.listdir(tmp_path / "straight"))
     assert sorted(os.listdir(tmp_path / "killed")) == names and len(names) == 13
