@@ -1387,20 +1387,23 @@ def pack(args):
                    crop="ADM's center_crop_arr: halved by box filter while twice too large, bicubic to size, centre crop",
                    listing_sha256=hashlib.sha256(json.dumps([source.names, source.labels]).encode()).hexdigest(),
                    pillow=PIL.__version__)
-    manifest = dict(listing, shards=[], source_sha256=None, complete=False)
     if is_packed(args.dst):
-        manifest = read_manifest(args.dst)
-        differ = [key for key, value in listing.items() if manifest.get(key) != value]
+        there = read_manifest(args.dst)
+        differ = [key for key, value in listing.items() if there.get(key) != value]
         if differ:
             raise InputError(f"{args.dst}: holds a packed set of another {', '.join(differ)}; give another directory")
     elif os.path.isdir(args.dst) and os.listdir(args.dst):
         raise InputError(f"{args.dst}: not empty; expected a new directory, or one that data.py pack began")
     os.makedirs(args.dst, exist_ok=True)
-    lock = only_one(args.dst)
     at = lambda name: os.path.join(args.dst, name)
-    write_atomic(at("labels.npy"), lambda file: np.save(file, np.array(source.labels, np.int64)))
-    write_atomic(at("files.txt"), lambda file: file.writelines(json.dumps(name).encode() + b"\n" for name in source.names))
-    write_json(at("manifest.json"), manifest)
+    if not is_packed(args.dst):
+        write_json(at("manifest.json"), dict(listing, shards=[], source_sha256=None, complete=False))
+    for name, write in (("labels.npy", lambda file: np.save(file, np.array(source.labels, np.int64))),
+                        ("files.txt", lambda file: file.writelines(json.dumps(name).encode() + b"\n" for name in source.names))):
+        if not os.path.exists(at(name)):
+            write_atomic(at(name), write)
+    lock = only_one(at("files.txt"))
+    manifest = read_manifest(args.dst)
     size, begun = max(1, SHARD // (3 * args.res ** 2)), sum(shard["count"] for shard in manifest["shards"])
     if begun:
         print(f"{begun} of {len(source)} pictures are in {args.dst} already")
@@ -1428,23 +1431,23 @@ def pack(args):
     digest = hashlib.sha256("".join(shard["source_sha256"] for shard in manifest["shards"]).encode()).hexdigest()
     manifest.update(source_sha256=digest, complete=True)
     write_json(at("manifest.json"), manifest)
-    os.close(lock)
+    lock.close()
     total = sum(os.path.getsize(at(name)) for name in os.listdir(args.dst))
     print(f"{len(source)} pictures of {len(source.class_names) or 'no'} classes at {args.res} x {args.res} in {args.dst}: "
           f"{len(manifest['shards'])} files, {total / 1e9:.2f} GB; train with --data {args.dst} --res {args.res}")
 
 
-def only_one(directory):
-    """Locks a directory for as long as this process, or the returned descriptor, lives."""
-    lock = os.open(directory if os.name == "posix" else os.devnull, os.O_RDONLY)
+def only_one(path):
+    """Locks a file for this process alone (its forked workers do not hold the lock) until the returned file is closed."""
+    file = open(path, "r+b")
     try:
         import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{directory}: another process is writing it") from None
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"{os.path.dirname(path)}: another process is writing it") from None
     except (ImportError, OSError):                    # no such locks on this system, or not on its shared file system
         pass
-    return lock
+    return file
 
 
 def header(shape):
@@ -1483,7 +1486,7 @@ def check(args):
     if is_packed(args.path):
         shards = read_manifest(args.path)["shards"]
         found = in_parallel(file_sha256, [os.path.join(args.path, shard["file"]) for shard in shards], args.workers, "file")
-        for shard, digest in zip(shards, found):
+        for digest, shard in zip(found, shards):
             if digest != shard["sha256"]:
                 say("damaged", f"{shard['file']}: its SHA-256 is not that of manifest.json; pack it again")
     for i, result in enumerate(in_parallel(look, range(len(names)), args.workers, "item")):
@@ -1592,7 +1595,7 @@ def mesh_jobs(args):
         here = [part for part in parts[:-1] if part in SPLITS]
         parts = [part for part in parts if part not in here]
         name = "-".join(parts[1:] or parts)
-        share = int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:4], "big") / 2 ** 32
+        share = int.from_bytes(hashlib.sha256(os.fsencode("/".join(parts))).digest()[:4], "big") / 2 ** 32
         split = here[0] if here else official.get(parts[-1]) or ("val" if share < args.val else "train")
         kind = parts[0] if len(parts) > 1 else "objects"
         if (split, kind, name) in taken:              # link.obj beside link.stl
@@ -1622,36 +1625,38 @@ def surface(source):
 
 def points_of(triangles, count, job):
     """Points uniform by area, drawn by a generator of the job's split, class and name alone."""
-    return on_surface(triangles, np.random.default_rng((SURFACE, *"/".join(job[1:]).encode())).random((count, 3)))
+    return on_surface(triangles, np.random.default_rng((SURFACE, *os.fsencode("/".join(job[1:])))).random((count, 3)))
 
 
 def sample_mesh(job, dst, count):
-    """Writes dst/class/split/name.npy, float32 (count,3), in the units of the mesh; one that is there is kept."""
+    """Writes dst/class/split/name.npy, float32 (count,3), in the units of the mesh, or says that it is there already."""
     _, split, kind, name = job
     path = os.path.join(dst, kind, split, name + ".npy")
-    if not os.path.exists(path):
-        cloud = points_of(surface(job[0])[0], count, job)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_atomic(path, lambda file: np.save(file, cloud))
+    if os.path.exists(path):
+        return "there"
+    cloud = points_of(surface(job[0])[0], count, job)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_atomic(path, lambda file: np.save(file, cloud))
 
 
 def render_mesh(job, dst, count, size):
     """Writes dst/split/class/name-0.png, -1.png and the cloud name.npy, float32 (count,3), in [-1,1]; the cloud last."""
     source, split, kind, name = job
     stem = os.path.join(dst, split, kind, name)
-    if not os.path.exists(stem + ".npy"):
-        triangles, colours = surface(source)
-        triangles = normalise(triangles.reshape(-1, 3))[0].astype(np.float64).reshape(-1, 3, 3)
-        views = render(triangles / np.linalg.norm(triangles, axis=2).max(), colours, size)
-        os.makedirs(os.path.dirname(stem), exist_ok=True)
-        for i, view in enumerate(views):
-            write_atomic(f"{stem}-{i}.png", lambda file: Image.fromarray(view).save(file, format="PNG"))
-        write_atomic(stem + ".npy", lambda file: np.save(file, points_of(triangles, count, job)))
+    if os.path.exists(stem + ".npy"):
+        return "there"
+    triangles, colours = surface(source)
+    triangles = normalise(triangles.reshape(-1, 3))[0].astype(np.float64).reshape(-1, 3, 3)
+    views = render(triangles / np.linalg.norm(triangles, axis=2).max(), colours, size)
+    os.makedirs(os.path.dirname(stem), exist_ok=True)
+    for i, view in enumerate(views):
+        write_atomic(f"{stem}-{i}.png", lambda file: Image.fromarray(view).save(file, format="PNG"))
+    write_atomic(stem + ".npy", lambda file: np.save(file, points_of(triangles, count, job)))
 
 
 def over_meshes(task, args, **options):
     """Runs a task over the meshes of SRC; those that cannot be read end the run, or with --skip-bad are listed."""
-    jobs, bad = mesh_jobs(args), 0
+    jobs, bad, there = mesh_jobs(args), 0, 0
     os.makedirs(args.dst, exist_ok=True)
     for result in in_parallel(functools.partial(task, dst=args.dst, count=args.points, **options), jobs, args.workers, "mesh"):
         if isinstance(result, InputError):
@@ -1659,10 +1664,11 @@ def over_meshes(task, args, **options):
                 raise InputError(f"{result}; what is done is kept, --skip-bad leaves such files out")
             bad += 1
             tqdm.write(f"left out: {result}")
+        there += result == "there"
     kinds = collections.Counter((kind, split) for _, split, kind, _ in jobs)
     for (kind, split), count in sorted(kinds.items()):
         print(f"{kind}{f' ({CATEGORIES[kind]})' if kind in CATEGORIES else ''} {split}: {count}")
-    print(f"{len(jobs) - bad} of {len(jobs)} meshes in {args.dst}, {args.points} points each")
+    print(f"{len(jobs) - bad} of {len(jobs)} meshes in {args.dst}" + (f", {there} of them were there already" if there else f", {args.points} points each"))
 
 
 def sample_meshes(args):
@@ -1697,13 +1703,13 @@ def tokens(args):
     write_json(os.path.join(args.dst, "tokens.json"), spec)
     out = {stem: os.path.join(args.dst, os.path.relpath(stem, args.src)) + ".npz" for stem in stems}
     todo = [stem for stem in stems if not os.path.exists(out[stem])]
-    for stem, result in zip(todo, in_parallel(functools.partial(views_of, size=args.size), todo, args.workers, "object")):
+    for result, stem in zip(in_parallel(functools.partial(views_of, size=args.size), todo, args.workers, "object"), todo):
         if isinstance(result, InputError):
             raise result
         found = picture_tokens(result[0], extract).astype(np.float16)
         os.makedirs(os.path.dirname(out[stem]), exist_ok=True)
         write_atomic(out[stem], lambda file: np.savez(file, xyz=result[1], cond_token=found))
-    print(f"{len(stems)} objects in {args.dst}: {args.features}, {len(EYES)} views of {(args.size // PATCH) ** 2} tokens each")
+    print(f"{len(stems)} objects in {args.dst}{f' ({len(stems) - len(todo)} were there)' if len(todo) < len(stems) else ''}: {args.features}, {len(EYES)} views of {(args.size // PATCH) ** 2} tokens each")
 
 
 def parser():
@@ -1768,6 +1774,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")      # file names need not be text
     try:
         sys.exit(main())
     except (InputError, OSError, MemoryError) as problem:

@@ -264,6 +264,13 @@ def test_check_lists_what_is_wrong(tmp_path):
     assert any(line.startswith("wrong size: ") and "small.png: 10 x 10" in line for line in lines)
     assert command("check", tmp_path / "set", "--least", 40, "--workers", 1)[1].count("wrong size: ") == 32        # 31 of 40 x 30
     assert command("check", tmp_path / "nothing")[0] == 2
+    for i in range(2):
+        os.makedirs(tmp_path / "odd" / f"a b\n{i}")
+        shutil.copy(tmp_path / "set" / "class 0" / "2.png", os.fsencode(tmp_path / "odd" / f"a b\n{i}") + b"/\xfe.png")
+    code, out, _ = command("check", tmp_path / "odd", "--workers", 0)                                      # names that are not text
+    assert code == 1 and "duplicate: " in out and "\\udcfe.png" in out
+    assert command("pack", tmp_path / "odd", tmp_path / "packed", "--res", 8, "--workers", 0)[0] == 0
+    assert data.load("folder", tmp_path / "packed").files == data.load("folder", tmp_path / "odd", res=8).names
 
 
 def test_check_of_packed_sets_and_clouds(imagenet, tmp_path, capsys):
