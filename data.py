@@ -25,6 +25,7 @@ import atexit
 import collections
 import colorsys
 import csv
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -938,6 +939,9 @@ def start_worker(_):
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):    # Ctrl-C and batch systems signal the whole group:
         signal.signal(number, signal.SIG_IGN)         # the main process saves first, then ends us
+    if sys.platform == "linux":                       # and where it is killed itself, the kernel ends us: a worker that
+        PR_SET_PDEATHSIG = 1                          # waits to hand over its batch would wait for ever (linux/prctl.h)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def positions(step, batch_size, micro, rank, world):

@@ -188,12 +188,16 @@ def test_pack_killed_half_way_and_run_again_gives_the_same_bytes(tmp_path):
     def pack(pause, name, workers):
         return [sys.executable, "-c", KILLED, pause, str(tmp_path / "in"), str(tmp_path / name), "--workers", workers]
     subprocess.run(pack("0", "straight", "0"), cwd=ROOT, check=True, capture_output=True)
-    broken = subprocess.Popen(pack("0.3", "killed", "2"), cwd=ROOT, stderr=subprocess.DEVNULL)
+    broken = subprocess.Popen(pack("0.3", "killed", "2"), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 60
     while len(list((tmp_path / "killed").glob("pictures-*.npy"))) < 3 and time.time() < deadline:
         time.sleep(0.005)
     broken.send_signal(signal.SIGKILL)
     broken.wait()
+    with pytest.raises(ProcessLookupError):                                # no worker is left
+        while time.time() < deadline + 20:
+            os.killpg(broken.pid, 0)
+            time.sleep(0.05)
     begun = json.loads((tmp_path / "killed" / "manifest.json").read_text())
     assert not begun["complete"] and 2 <= len(begun["shards"]) < 10
     refused("in part", "again", call=lambda: data.load("folder", tmp_path / "killed", res=32))
