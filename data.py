@@ -414,6 +414,7 @@ def open_picture(path, name):
     return read_image(os.path.join(path, name))
 
 
+@functools.lru_cache(maxsize=64)       # asked for every picture, and a shared file system answers slowly
 def is_archive(path):
     return path.lower().endswith(".zip") and os.path.isfile(path) or os.path.isfile(os.path.join(path, "data.mdb"))
 
