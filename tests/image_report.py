@@ -17,9 +17,19 @@ import sample  # noqa: E402
 from metrics import clouds  # noqa: E402
 
 
-def retrieved(found, objects):
-    """Which object is nearest to each cloud: (S,P,3), (N,P,3) -> (S,)."""
-    return clouds.pairwise(found, objects, "chamfer", progress=False).argmin(1)
+def chamfer(found, objects):
+    """(S,P,3), (N,P,3) -> squared distances (S,N)."""
+    return clouds.pairwise(found, objects, "chamfer", progress=False)
+
+
+def retrieved(distance, kinds, of_each):
+    """Share of clouds that are nearest to their own object, among as many objects of each kind; mean over disjoint groups."""
+    places = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in kinds}
+    shares = []
+    for first in range(0, min(map(len, places.values())) - of_each + 1, of_each):
+        group = np.array([i for kind in sorted(places) for i in places[kind][first:first + of_each]])
+        shares.append((distance[np.ix_(group, group)].argmin(1) == np.arange(len(group))).mean())
+    return np.mean(shares)
 
 
 def main(run, prepared, views, out, *flags):
@@ -28,16 +38,15 @@ def main(run, prepared, views, out, *flags):
     stored = [data.normalise(np.load(file, allow_pickle=False)["xyz"])[0] for file in files]
     objects, others = (torch.from_numpy(np.stack([cloud[part] for cloud in stored])) for part in (slice(points), slice(points, 2 * points)))
     kinds = [pathlib.Path(file).parent.name for file in files]
-    right = retrieved(others, objects) == np.arange(len(files))
-    print(f"{len(files)} objects of {len(set(kinds))} kinds, {points} points; chance {1 / len(files):.3f}, floor {right.mean():.3f}")
     drawn = sample.main(["--ckpt", run, "--tokens", str(pathlib.Path(prepared) / "val"), "--samples", str(len(files)), *flags])
     found = torch.from_numpy(np.stack([np.load(drawn / f"{i:06d}.npy", allow_pickle=False) for i in range(len(files))]))
-    nearest = retrieved(found, objects)
-    same = np.array(kinds)[nearest] == np.array(kinds)
-    print(f"nearest to its own object: {(nearest == np.arange(len(files))).mean():.3f}; to one of its kind: {same.mean():.3f}")
-    for kind in sorted(set(kinds)):
-        of = [i for i, k in enumerate(kinds) if k == kind]
-        print(f"  {kind}: {sum(nearest[i] == i for i in of)} of {len(of)}")
+    ours, floor = chamfer(found, objects), chamfer(others, objects)
+    print(f"{len(files)} held-out objects of {len(set(kinds))} kinds, {points} points: nearest to one of its kind "
+          f"{np.mean([kinds[j] == kind for j, kind in zip(ours.argmin(1), kinds)]):.3f}\namong N objects, nearest to its own; floor; chance")
+    of_each = min(map(kinds.count, kinds))
+    for k in sorted({1, 2, of_each // 2, of_each} - {0}):
+        n = k * len(set(kinds))
+        print(f"{n:>4}  {retrieved(ours, kinds, k):.3f}  {retrieved(floor, kinds, k):.3f}  {1 / n:.3f}")
     # the first two objects of each kind: a view, the object, the sample
     chosen = [i for kind in sorted(set(kinds)) for i in [k for k, name in enumerate(kinds) if name == kind][:2]]
     columns = []
