@@ -698,8 +698,11 @@ def read_condition(args, cfg, spec):
         if found is None or found.dtype.kind != "f" or found.ndim != 2 or found.shape[1] != cfg.token_dim:
             what = "no cond_token" if found is None else f"cond_token {found.dtype} {found.shape}"
             raise InputError(f"{file}: found {what}; expected floats (T, {cfg.token_dim})")
+        if T not in (None, len(found)):
+            raise InputError(f"{file}: found {len(found)} tokens; expected {T} as in {files[0]}")
         return torch.from_numpy(found.astype(np.float32))
-    read(files[0])                                                     # what is wrong with all is told before anything is written
+    T = None
+    T = len(read(files[0]))                                            # what is wrong with all is told before anything is written
     return args.tokens, [(file, lambda file=file: read(file)) for file in files]
 
 
@@ -812,6 +815,7 @@ def main(argv=None):
 
     tag = "x".join(map(str, size)) if image else f"{size}points"
     tag += f"-crop{args.crop}" if args.crop else f"-zoom{args.zoom}" if args.zoom else ""
+    tag += f"-{Path((args.image or [args.tokens])[0]).stem}" if condition else ""
     run = path if path.is_dir() else path.parent
     out = Path(args.out) if args.out else run / "samples" / \
         f"{tag}-{setting['solver']}{setting['steps']}-g{setting['guidance']:g}-seed{args.seed}-step{step}"

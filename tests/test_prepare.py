@@ -675,6 +675,12 @@ def test_sampling_refusals(conditioned, objects, solids_run, tmp_path):
         refused(*words, call=lambda: sample.main([*flags, *more]))
     np.savez(tmp_path / "a.npz", cond_token=np.ones((4, 5)))
     refused("a.npz", "594", call=lambda: sample.main([*flags, "--tokens", str(tmp_path / "a.npz")]))
+    (tmp_path / "two").mkdir()
+    for i in (4, 5):
+        np.savez(tmp_path / "two" / f"{i}.npz", cond_token=np.ones((i, 594)))
+    refused("5.npz", "4 as in", call=lambda: sample.main([*flags[:-4], "--n", "2", "--tokens", str(tmp_path / "two"), "--out", str(tmp_path / "2")]))
+    own = [sample.main([*flags[:-2], "--image", view.replace("-0", f"-{i}")]) for i in (0, 1)]
+    assert own[0] != own[1] and len(list(own[0].glob("*.npy"))) == 1                       # a second picture does not replace the first's
     ckpt = torch.load(conditioned / "ckpt.pt", weights_only=True)
     ckpt["config"]["tokens"] = None
     torch.save(ckpt, tmp_path / "ckpt.pt")
