@@ -53,9 +53,29 @@ from tqdm import tqdm
 class InputError(ValueError):
     """Something from outside is wrong; the text is one line that names the file or argument and what was expected."""
 
+    def __init__(self, text):
+        super().__init__(printable(str(text)))
+
 
 class EmptySplit(InputError):
     """A set that is there, but not the split of it that was asked for."""
+
+
+def printable(text):
+    """Names from outside may hold newlines, terminal codes or bytes that are no text: those are shown as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def one_line(error):
+    """An error of a library: its type, then its text."""
+    return f"{type(error).__name__}: {printable(' '.join(str(error).split()))}"
+
+
+def message(error):
+    """An error as the user is told it: an OSError by its file and reason (disk full, not a directory, ...), else its text."""
+    if isinstance(error, OSError):
+        return printable(f"{os.fsdecode(error.filename or 'writing')}: {error.strerror or ' '.join(map(str, error.args))}")
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 # Seeds are tuples, tagged so that no two purposes share a stream. Tags come first: NumPy's SeedSequence pads with
@@ -426,10 +446,7 @@ def archive(path, process):
     Opened once in every process, since forked ones would share a file position, and lmdb not at all while it forks.
     """
     if path.lower().endswith(".zip"):
-        try:
-            opened = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: cannot be read as a .zip ({one_line(error)})") from None
+        opened = open_zip(path)
         names = [name for name in opened.namelist() if os.path.splitext(name)[1].lower() in EXTENSIONS
                  and not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))]
         return sorted(names), opened.read
@@ -443,6 +460,29 @@ def archive(path, process):
     except lmdb.Error as error:
         raise InputError(f"{path}: cannot be read as an lmdb ({one_line(error)})") from None
     return names, lambda name: view.get(name.encode("latin-1"))
+
+
+def open_zip(path):
+    """A zipfile.ZipFile, open for reading. Raises InputError for what is none, and for one that was made to do harm: with
+    names that lead out of it, or with sizes that no memory holds."""
+    try:
+        opened = zipfile.ZipFile(path)
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read as a .zip ({one_line(error)})") from None
+    for entry in opened.infolist():
+        if entry.filename.startswith(("/", "\\")) or ".." in entry.filename.replace("\\", "/").split("/"):
+            raise InputError(f"{path}: holds the name {entry.filename}, which leads out of it; expected names of what is in it")
+        if entry.file_size > memory() and entry.compress_type != zipfile.ZIP_STORED or entry.file_size > 2 ** 50:
+            raise InputError(f"{path}: {entry.filename} says that it unpacks to {entry.file_size:,} bytes, this machine has {memory():,}")
+    return opened
+
+
+def memory():
+    """Bytes of memory of this machine; 2^40 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 2 ** 40
 
 
 def optional(package, path):
@@ -463,10 +503,14 @@ def find_files(path, suffixes):
         except OSError as error:
             raise InputError(f"{folder}: cannot be listed ({one_line(error)})") from None
         for entry in entries:
-            real = os.path.realpath(entry.path) if entry.is_dir() else None
+            try:
+                real = os.path.realpath(entry.path) if entry.is_dir() else None
+                wanted = not real and os.path.splitext(entry.name)[1].lower() in suffixes and entry.is_file()
+            except OSError:                           # a link to itself, as much as one to nowhere, is nothing to read
+                continue
             if real and real not in above:
                 todo.append((entry.path, above + (real,)))
-            elif not real and os.path.splitext(entry.name)[1].lower() in suffixes and entry.is_file():
+            elif wanted:
                 found.append(entry.path)
     return sorted(found)
 
@@ -499,6 +543,10 @@ def read_image(path, read=None):
 
 def fit(image, res):
     """Centre crop and resize as ADM does (guided-diffusion, center_crop_arr): uint8 (res,res,3)."""
+    if max(image.size) > 64 * min(image.size):        # a line of pixels would first grow to res x millions
+        half = 32 * min(image.size)
+        x, y = image.width // 2, image.height // 2
+        image = image.crop((max(0, x - half), max(0, y - half), min(image.width, x + half), min(image.height, y + half)))
     while min(image.size) >= 2 * res:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = res / min(image.size)
@@ -510,10 +558,6 @@ def fit(image, res):
 def mirrored(pixels, rng):
     """Flipped left to right with probability 1/2; as it is where rng is None."""
     return pixels[:, ::-1].copy() if rng is not None and rng.random() < 0.5 else pixels
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -662,11 +706,14 @@ def read_npz(path, keys):
             archive = np.load(file, allow_pickle=False)
             if isinstance(archive, np.ndarray):
                 raise ValueError("it is a single .npy array")
+            open_zip(path).close()
             arrays = {}
             for key in keys:
                 if key in archive.files:
                     arrays[key] = archive[key]
             return arrays
+    except InputError:
+        raise
     except BROKEN_ARRAY as error:
         what = f"`{key}` cannot be read" if key else "cannot be read"
         raise InputError(f"{path}: {what}; expected an .npz of plain arrays ({one_line(error)})") from None
@@ -674,7 +721,7 @@ def read_npz(path, keys):
 
 # what np.load and the archive's members raise for missing, foreign, cut and pickled files
 BROKEN_ARRAY = (OSError, ValueError, EOFError, TypeError, SyntaxError, NotImplementedError, RuntimeError, zlib.error,
-                zipfile.BadZipFile, pickle.UnpicklingError, tokenize.TokenError)
+                zipfile.BadZipFile, pickle.UnpicklingError, tokenize.TokenError, OverflowError, MemoryError)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -822,7 +869,16 @@ class Objaverse:
         self.files = find_files(path, {".npz"}) if os.path.isdir(path) else []
         if not self.files:
             raise InputError(f"{path}: no .npz file in it; expected {self.needs}")
-        self.n_tokens, self.token_dim = self.read(0)[1].shape
+        self.first, problem = None, None
+        for i in range(min(len(self), IN_A_ROW)):     # the first that can be read says what the others must be like
+            try:
+                self.n_tokens, self.token_dim = self.read(i)[1].shape
+                self.first = self.files[i]
+                break
+            except InputError as error:
+                problem = problem or error
+        if self.first is None:
+            raise problem
 
     def __len__(self):
         return len(self.files)
@@ -840,8 +896,8 @@ class Objaverse:
             raise InputError(f"{file}: `cond_token` holds numbers that are not finite")
         if len(xyz) < self.points:
             raise InputError(f"{file}: found {len(xyz)} points; expected at least the {self.points} asked for")
-        if i and tokens.shape != (self.n_tokens, self.token_dim):
-            raise InputError(f"{file}: `cond_token` is {tokens.shape}; expected {(self.n_tokens, self.token_dim)} as in {self.files[0]}")
+        if self.first and tokens.shape != (self.n_tokens, self.token_dim):
+            raise InputError(f"{file}: `cond_token` is {tokens.shape}; expected {(self.n_tokens, self.token_dim)} as in {self.first}")
         try:
             return normalise(xyz)[0], tokens
         except InputError as error:
@@ -910,30 +966,48 @@ def item_index(n, seed, k):
     return int(permutation(n, seed, k // n)[k % n])
 
 
-class Run(torch.utils.data.Dataset):
-    """run[k] -> (tensor, label), perhaps tokens: the item at position k, augmented by a generator of (seed, k) alone."""
+IN_A_ROW = 100      # items that may be unreadable one after another before something else must be wrong
 
-    def __init__(self, dataset, seed):
-        self.dataset, self.seed = dataset, seed
+
+class Run(torch.utils.data.Dataset):
+    """run[k] -> (tensor, label), perhaps tokens: the item at position k, augmented by a generator of (seed, k) alone.
+
+    With skip_bad an item that cannot be read is replaced by the one after it in the set: what stands at k stays a function
+    of the set and (seed, k). Its number and what is wrong with it are put into `left_out`.
+    """
+
+    def __init__(self, dataset, seed, skip_bad=False):
+        self.dataset, self.seed, self.skip_bad, self.left_out = dataset, seed, skip_bad, {}
 
     def __getitem__(self, k):
-        i = item_index(len(self.dataset), self.seed, k)
-        array, label, *tokens = self.dataset.item(i, np.random.default_rng((self.seed, k)))
-        return torch.from_numpy(array), label, *map(torch.from_numpy, tokens)
+        n = len(self.dataset)
+        first = item_index(n, self.seed, k)
+        for i in range(first, first + min(n, IN_A_ROW)):
+            try:
+                array, label, *tokens = self.dataset.item(i % n, np.random.default_rng((self.seed, k)))
+                return torch.from_numpy(array), label, *map(torch.from_numpy, tokens)
+            except InputError as error:
+                if not self.skip_bad:
+                    raise
+                self.left_out[i % n] = str(error)
+        raise InputError(f"{min(n, IN_A_ROW)} items in a row cannot be read, the first: {self.left_out[first]}")
 
     def __getitems__(self, positions):
         # What torch's DataLoader calls for a batch. An exception would come back wrapped in the worker's traceback.
         try:
-            return [self[k] for k in positions]
+            samples = [self[k] for k in positions]
         except InputError as error:
             return error
+        left_out, self.left_out = self.left_out, {}
+        return samples, left_out
 
 
-def collate(samples):
-    if isinstance(samples, InputError):
-        return samples
+def collate(found):
+    if isinstance(found, InputError):
+        return found
+    samples, left_out = found
     arrays, labels, *tokens = zip(*samples)
-    return torch.stack(arrays), torch.tensor(labels, dtype=torch.int64), *map(torch.stack, tokens)
+    return (torch.stack(arrays), torch.tensor(labels, dtype=torch.int64), *map(torch.stack, tokens)), left_out
 
 
 def start_worker(_):
@@ -954,13 +1028,14 @@ def positions(step, batch_size, micro, rank, world):
             yield list(range(start, start + micro))
 
 
-def loader(dataset, seed, step, batch_size, micro, rank=0, world=1, workers=0, pin=False):
+def loader(dataset, seed, step, batch_size, micro, rank=0, world=1, workers=0, pin=False, left_out=None):
     """Endless iterator of micro-batches (values, labels), or (values, labels, tokens), from optimizer step `step` on.
 
     Step s reads run positions s*batch_size .. (s+1)*batch_size-1; rank r has the r-th of `world` equal blocks of them,
     cut in order into micro-batches: the same batches for every world, micro and workers.
     values: uint8 (micro,R,R,3) or float32 (micro,P,3); labels: int64 (micro,); tokens: float32 (micro,T,C).
-    Raises InputError at once for sizes that do not divide, and while iterating for an item that cannot be read.
+    Raises InputError at once for sizes that do not divide, and while iterating for an item that cannot be read; where a
+    dict `left_out` is given such items are replaced (see Run), and it says which: {number of the item: what is wrong}.
     """
     at_least_one("micro-batch", micro)
     if at_least_one("batch size", batch_size) % (world * micro):
@@ -968,11 +1043,11 @@ def loader(dataset, seed, step, batch_size, micro, rank=0, world=1, workers=0, p
     if seed < 0 or step < 0 or workers < 0:
         raise InputError(f"seed {seed}, step {step}, workers {workers}: none may be negative")
     source = torch.utils.data.DataLoader(
-        Run(dataset, seed), batch_sampler=positions(step, batch_size, micro, rank, world), collate_fn=collate,
+        Run(dataset, seed, left_out is not None), batch_sampler=positions(step, batch_size, micro, rank, world), collate_fn=collate,
         num_workers=workers, worker_init_fn=start_worker, persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None, multiprocessing_context=context(workers), pin_memory=pin,
         generator=torch.Generator())                  # its own, or it would draw from the global one
-    return unwrap(source)
+    return unwrap(source, left_out)
 
 
 def context(workers):
@@ -980,14 +1055,26 @@ def context(workers):
     return multiprocessing.get_context("fork" if sys.platform == "linux" else None) if workers else None
 
 
-def unwrap(source):
-    batches = iter(source)
-    if source.num_workers:      # they ignore SIGTERM, by which Python would end them where an exception leaves them alive
-        atexit.register(batches._shutdown_workers)
-    for batch in batches:
+def unwrap(source, left_out):
+    for batch in results_of(source):
         if isinstance(batch, InputError):
             raise batch
-        yield tuple(batch)
+        if left_out is not None:
+            left_out.update(batch[1])
+        yield tuple(batch[0])
+
+
+def results_of(source):
+    """What a DataLoader yields; its processes end with ours, and one that was killed is an InputError."""
+    results = iter(source)
+    if source.num_workers:      # they ignore SIGTERM, by which Python would end them where an exception leaves them alive
+        atexit.register(results._shutdown_workers)
+    try:
+        yield from results
+    except RuntimeError as error:
+        if "killed by signal" not in str(error) and "exited unexpectedly" not in str(error):
+            raise
+        raise InputError("a data process was killed, most likely for want of memory; fewer --workers need less") from None
 
 
 def decode_values(batch, device):
@@ -1350,28 +1437,24 @@ def in_parallel(function, items, workers, unit):
     source = torch.utils.data.DataLoader(
         Task(function, items), batch_size=None, collate_fn=as_is, num_workers=workers, worker_init_fn=start_worker,
         prefetch_factor=16 if workers else None, multiprocessing_context=context(workers), generator=torch.Generator())
-    results = iter(source)
-    if workers:
-        atexit.register(results._shutdown_workers)
-    try:
-        yield from tqdm(results, total=len(items), unit=unit)
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):
-            raise
-        raise InputError("a worker process was killed, most likely for want of memory; fewer --workers need less") from None
+    yield from tqdm(results_of(source), total=len(items), unit=unit)
 
 
 def write_atomic(path, write):
-    """Writes beside path, then renames: a reader finds the whole file or none."""
+    """write(file) into a temporary file beside path, fsync, rename: a reader finds the old file or the new one, whole; what
+    fails leaves the old one, and raises OSError with the path."""
+    temporary = f"{os.fspath(path)}.tmp"
     try:
-        with open(path + ".tmp", "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
-    except BaseException:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
+        os.replace(temporary, path)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or os.fspath(path)       # a full disk does not say where
+        if os.path.isfile(temporary) or os.path.islink(temporary):
+            os.remove(temporary)
         raise
 
 
@@ -1444,14 +1527,14 @@ def pack(args):
 
 def only_one(path):
     """Locks a file for this process alone (its forked workers do not hold the lock) until the returned file is closed."""
-    file = open(path, "r+b")
+    file = open(path, "a+b")
     try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise InputError(f"{os.path.dirname(path)}: another process is writing it") from None
-    except (ImportError, OSError):                    # no such locks on this system, or not on its shared file system
-        pass
+    except (ImportError, OSError) as error:           # no such locks on this system, or not on its shared file system
+        print(f"{path}: cannot be locked ({one_line(error)}); see to it that nothing else writes there", file=sys.stderr)
     return file
 
 
@@ -1487,7 +1570,7 @@ def check(args):
 
     def say(what, text):
         wrong[what] += 1
-        tqdm.write(f"{what}: {text}")
+        tqdm.write(printable(f"{what}: {text}"))
     if is_packed(args.path):
         shards = read_manifest(args.path)["shards"]
         found = in_parallel(file_sha256, [os.path.join(args.path, shard["file"]) for shard in shards], args.workers, "file")
@@ -1508,7 +1591,7 @@ def check(args):
         elif not args.least and size != common and count >= 0.9 * len(sizes):
             say("wrong size", f"{names[i]}: {' x '.join(map(str, size))}; most are {' x '.join(map(str, common))}")
     for name, count in sorted(collections.Counter(classes).items()):
-        print(f"{name}: {count}")
+        print(f"{printable(name)}: {count}")
     print(f"{args.path}: {len(names)} items; "
           + (", ".join(f"{count} {what}" for what, count in wrong.items()) or "nothing wrong"))
     return 1 if wrong else 0
@@ -1672,7 +1755,7 @@ def over_meshes(task, args, **options):
         there += result == "there"
     kinds = collections.Counter((kind, split) for _, split, kind, _ in jobs)
     for (kind, split), count in sorted(kinds.items()):
-        print(f"{kind}{f' ({CATEGORIES[kind]})' if kind in CATEGORIES else ''} {split}: {count}")
+        print(f"{printable(kind)}{f' ({CATEGORIES[kind]})' if kind in CATEGORIES else ''} {split}: {count}")
     print(f"{len(jobs) - bad} of {len(jobs)} meshes in {args.dst}" + (f", {there} of them were there already" if there else f", {args.points} points each"))
 
 
@@ -1783,8 +1866,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (InputError, OSError, MemoryError) as problem:
-        text = f"{problem.filename or 'writing'}: {problem.strerror}" if isinstance(problem, OSError) else str(problem) or "out of memory"
-        print(f"data.py: {' '.join(text.split())}", file=sys.stderr)
+        print(f"data.py: {message(problem)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("data.py: interrupted; the same command goes on where it stopped", file=sys.stderr)

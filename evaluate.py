@@ -36,11 +36,10 @@ from tqdm import tqdm
 
 import data
 import sample
-from data import InputError
+from data import InputError, message, write_atomic
 from metrics import clip, clouds, frechet, inception, pointnet, ulip, weights
 from metrics.precision_recall import precision_recall
-from sample import (RANK, WORLD, natural, one_line, positive, print0, read_record, start_processes, wait_for_all,
-                    write_atomic)
+from sample import RANK, WORLD, natural, positive, print0, read_record, start_processes, wait_for_all
 from train import RECIPES
 
 # ---------------------------------------------------------------------------------------------------------
@@ -209,7 +208,7 @@ def read_cloud(path):
             vertex = data.read_ply(path)["vertex"]
             return checked_clouds(np.stack([np.asarray(vertex[axis], np.float32) for axis in "xyz"], 1), path, 2)
         except (ValueError, KeyError, IndexError) as e:
-            raise InputError(f"{path}: not a readable .ply of vertices ({one_line(e)})") from None
+            raise InputError(f"{path}: not a readable .ply of vertices ({message(e)})") from None
     return checked_clouds(load_npy(path), path, 2)
 
 
@@ -217,7 +216,7 @@ def load_npy(path):
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except data.BROKEN_ARRAY as e:
-        raise InputError(f"{path}: not a plain .npy array ({one_line(e)})") from None
+        raise InputError(f"{path}: not a plain .npy array ({message(e)})") from None
 
 
 def checked_clouds(array, path, dims):
@@ -251,11 +250,8 @@ def array_set(path, array, args, **more):
 
 def npz_set(path, args):
     known = [k for pair in STATISTICS.values() for k in pair] + ["features", "meta", "n", "arr_0", "images"]
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [n.removesuffix(".npy") for n in archive.namelist()]
-    except (zipfile.BadZipFile, OSError) as e:
-        raise InputError(f"{path}: not a readable .npz ({one_line(e)})") from None
+    with data.open_zip(path) as archive:
+        names = [n.removesuffix(".npy") for n in archive.namelist()]
     arrays = {k: map_npz(path, k) for k in known if k in names}
     pictures = next((arrays.pop(k) for k in ("arr_0", "images") if k in arrays), None)
     if pictures is None and not arrays:
@@ -446,7 +442,7 @@ def own_features(text, device):
         try:
             function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as e:
-            raise InputError(f"--features {text}: expected module:callable or a TorchScript file ({one_line(e)})") from None
+            raise InputError(f"--features {text}: expected module:callable or a TorchScript file ({message(e)})") from None
         if isinstance(function, torch.nn.Module):
             function = function.to(device).eval()
 
@@ -1006,7 +1002,7 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:                                 # InputError, and the ValueErrors of metrics/
         if RANK == 0 or dist.is_initialized():                         # what concerns every process is said once
-            print(f"evaluate.py: {one_line(e)}", file=sys.stderr)
+            print(f"evaluate.py: {message(e)}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

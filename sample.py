@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import data
 import model as asft
-from data import InputError, encode_image
+from data import InputError, encode_image, message, write_atomic
 from metrics.weights import sha256
 
 
@@ -89,21 +89,49 @@ def wait_for_all():
 # ---------------------------------------------------------------------------------------------------------
 # Checkpoints
 
+def checkpoints(run):
+    """The checkpoint files of a run directory, newest first: ckpt.pt, then the ckpt-STEP.pt kept from before it."""
+    earlier = {p: int(p.stem[5:]) for p in Path(run).glob("ckpt-*.pt") if p.stem[5:].isdecimal()}
+    return [p for p in (Path(run) / "ckpt.pt", *sorted(earlier, key=earlier.get, reverse=True)) if p.is_file()]
+
+
 def read_checkpoint(path, mmap=False):
-    """The checkpoint dict of a file, or of a run directory's ckpt.pt, as train.py writes it: tensors and JSON-like
-    values only, read with weights_only=True, on the CPU; with mmap a tensor is read when it is used, so that a sampler
-    never holds the optimizer's. Raises InputError naming the path."""
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
+    """The checkpoint dict of a file as train.py writes it: tensors and JSON-like values only, read with weights_only=True,
+    on the CPU; with mmap a tensor is read when it is used, so that a sampler never holds the optimizer's. Of a run directory
+    the newest that is whole; what is broken is named in a warning. `file`: the open file that it is from, which stays what
+    it was where training replaces it. Raises InputError naming the path."""
+    path, broken = Path(path), []
+    for file in checkpoints(path) if path.is_dir() else [path]:
+        try:
+            ckpt = read_file(file, mmap)
+        except InputError as e:
+            broken.append(str(e))
+            continue
+        for problem in broken if RANK == 0 else ():
+            print(f"warning: {problem}; {file} of step {ckpt['step']} is used instead", file=sys.stderr, flush=True)
+        return ckpt
+    raise InputError("; ".join(broken) or f"{path}: no checkpoint in it; expected a ckpt.pt written by train.py")
+
+
+def read_file(path, mmap):
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; expected a ckpt.pt written by train.py, or its run directory")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # a foreign pickle also draws a warning; the one line below says it all
-            ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as e:     # a broken file raises whatever its bytes provoke: zip, pickle, EOF, key errors
-        raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}); "
-                         f"expected a ckpt.pt written by train.py") from e
+    for mapped in (mmap, mmap, False):
+        file = open(path, "rb")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # a foreign pickle also draws a warning; the one line below says it all
+                with zipfile.ZipFile(file) as archive:         # torch compares no checksums: it would return damaged weights
+                    if any(entry.file_size != entry.compress_size for entry in archive.infolist()) or archive.testzip():
+                        raise zipfile.BadZipFile
+                file.seek(0)
+                ckpt = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+        except Exception as e:     # a broken file raises whatever its bytes provoke: zip, pickle, EOF, key errors
+            raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}); "
+                             f"expected a ckpt.pt written by train.py") from e
+        # to be mapped a file is opened anew: training may have put its next checkpoint there
+        if not mapped or path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            break
     config = ckpt.get("config") if isinstance(ckpt, dict) else None
     missing = {"model", "ema", "step", "config"} - set(ckpt if isinstance(ckpt, dict) else ())
     missing |= {"model", "class_names", "path", "settings", "sampling"} - set(config if isinstance(config, dict) else ())
@@ -115,21 +143,44 @@ def read_checkpoint(path, mmap=False):
              if not isinstance(where.get(key) if isinstance(where, dict) else None, kind)]
     if wrong:
         raise InputError(f"{path}: not a checkpoint of train.py: wrong entries for {', '.join(wrong)}")
-    return ckpt
+    return dict(ckpt, file=file)
+
+
+def same_everywhere(ckpt):
+    """Raises InputError unless all processes hold the checkpoint of one step: training may write while they read."""
+    if dist.is_initialized():
+        steps = [None] * WORLD
+        dist.all_gather_object(steps, ckpt["step"])
+        if len(set(steps)) > 1:
+            raise InputError(f"{ckpt['file'].name}: replaced while the processes read it (steps {sorted(set(steps))}); start again")
 
 
 def load_model(ckpt, path, weights="ema"):
     """The model of a checkpoint in evaluation mode, on the CPU. Raises InputError naming the path."""
+    state = ckpt["ema" if weights == "ema" else "model"]
     try:
-        model = asft.ASFT(asft.Config(**ckpt["config"]["model"]))
-    except (TypeError, ValueError) as e:
+        cfg = asft.Config(**ckpt["config"]["model"])
+        if max(cfg.depth, cfg.levels) > len(state):
+            raise ValueError(f"of depth {cfg.depth} and {cfg.levels} levels, but it holds {len(state)} tensors")
+        with torch.device("meta"):                  # without memory: what the file says need not be what it holds
+            fits(asft.ASFT(cfg), state, path)
+        model = asft.ASFT(cfg)
+        load_weights(model, state, path)
+        return model.eval()
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError, ZeroDivisionError) as e:
         raise InputError(f"{path}: the model it describes is not one of model.py ({e})") from e
-    load_weights(model, ckpt["ema" if weights == "ema" else "model"], path)
-    return model.eval()
 
 
 def load_weights(model, state, path):
-    """load_state_dict that ends in one line: what is missing, unexpected, or of another shape."""
+    """load_state_dict that ends in one line."""
+    fits(model, state, path)
+    model.load_state_dict(state)
+
+
+def fits(model, state, path):
+    """Raises InputError unless the state is one of this model, in one line: what is missing, unexpected, or of another shape."""
     own = model.state_dict()
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path}: its weights are not all tensors")
@@ -139,14 +190,13 @@ def load_weights(model, state, path):
     if wrong:
         raise InputError(f"{path}: weights of another model: {len(wrong)} of {len(own)} entries do not fit: "
                          + "; ".join(wrong[:6]) + ("; ..." if len(wrong) > 6 else ""))
-    model.load_state_dict(state)
 
 
-def newest_checkpoint(runs="runs"):
+def newest_run(runs="runs"):
     found = sorted(Path(runs).glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise InputError(f"no checkpoint in {runs}/*/ckpt.pt: train one with `python train.py`, or give --ckpt")
-    return found[-1]
+    return found[-1].parent
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -427,16 +477,6 @@ def picture(x, size, image):
     return encode_image(x, *size) if image else draw_points(x.numpy())
 
 
-def write_atomic(path, write):
-    """Write to a temporary file beside path, fsync, rename: a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
 def read_record(out):
     """What out/samples.json says of the samples beside it, None where there is none. Raises InputError naming it."""
     path = Path(out) / "samples.json"
@@ -706,13 +746,6 @@ def read_condition(args, cfg, spec):
     return args.tokens, [(file, lambda file=file: read(file)) for file in files]
 
 
-def one_line(error):
-    """The message of an error as one line; an OSError by its file and reason (disk full, not a directory, ...)."""
-    if isinstance(error, OSError):
-        return f"{error.filename or 'writing'}: {error.strerror or error}"
-    return " ".join(str(error).split())
-
-
 def make_directory(path, flag):
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -769,9 +802,11 @@ def parser():
 def main(argv=None):
     """Runs the command line; returns the directory of the samples."""
     args = parser().parse_args(argv)
-    path = newest_checkpoint() if args.ckpt is None else Path(args.ckpt)
+    path = newest_run() if args.ckpt is None else Path(args.ckpt)
     ckpt = read_checkpoint(path, mmap=True)
     device = start_processes(args.device, "gloo")
+    same_everywhere(ckpt)
+    file = ckpt["file"]
     config, step = ckpt["config"], ckpt["step"]
     names, sampling, trained = config["class_names"], config["sampling"], config["settings"]
     model = load_model(ckpt, path, args.weights).to(device)
@@ -832,7 +867,7 @@ def main(argv=None):
                                                for i, label in enumerate(labels)])
     make_directory(out, "--out")
     if RANK == 0:
-        record["ckpt_sha256"] = sha256(path / "ckpt.pt" if path.is_dir() else path)
+        record["ckpt_sha256"] = hashlib.sha256(np.memmap(file, mode="r")).hexdigest()
         begin_samples(out, record)
     wait_for_all()
     # many samples are shared out, the parts of few; what an interrupted run finished is not drawn again
@@ -939,7 +974,7 @@ if __name__ == "__main__":
         main()
     except (InputError, OSError) as e:
         if RANK == 0 or dist.is_initialized():                         # what concerns every process is said once
-            print(f"sample.py: {one_line(e)}", file=sys.stderr)
+            print(f"sample.py: {message(e)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if RANK == 0:

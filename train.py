@@ -4,18 +4,23 @@ One optimizer step reads one global batch; what is drawn for sample i of it (tim
 pairs) is a function of (seed, step, i) alone, and so is the data order. One process, several processes and
 accumulated micro-batches therefore do the same arithmetic, and a resumed run continues exactly.
 
+What goes wrong from outside costs no work: see "Faults" in README.md, and tests/chaos.py, which tries it.
+
 Alphabet and conventions are those of model.py. A run directory holds config.json, log.jsonl, loss.png,
 samples-STEP.png (upper half EMA weights, lower half raw ones, always the same seeds), and ckpt.pt.
 """
 import argparse
 import copy
+import errno
 import gc
 import inspect
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from contextlib import nullcontext
@@ -29,9 +34,9 @@ from tqdm import tqdm
 
 import data
 import model as asft
-from data import InputError
-from sample import (RANK, SOLVERS, WORLD, autocast, generate, generator, grid_picture, load_weights, make_directory, natural,
-                    one_line, pick_device, pick_dtype, picture, positive, print0, read_checkpoint, start_processes, write_atomic)
+from data import InputError, message, write_atomic
+from sample import (RANK, SOLVERS, WORLD, autocast, checkpoints, generate, generator, grid_picture, load_weights, make_directory,
+                    natural, pick_device, pick_dtype, picture, positive, print0, read_checkpoint, same_everywhere, start_processes)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: every value is a default that a flag of the same name overrides
@@ -74,6 +79,7 @@ def parser():
     flag(g, "--flip", "mirror images at random", action=argparse.BooleanOptionalAction)
     flag(g, "--labels", "read classes: sub-directories of folder (default: yes, but for ffhq256, church256), categories of shapenet "
          "(default: no)", action=argparse.BooleanOptionalAction)
+    flag(g, "--skip-bad", "replace items that cannot be read by the next ones, and say how many", action="store_true")
     g = p.add_argument_group("model")
     flag(g, "--model", "preset", choices=asft.PRESETS)
     flag(g, "--encoder", "how the context is read", choices=sorted({e for es in asft.ENCODERS.values() for e in es}))
@@ -105,6 +111,7 @@ def parser():
     flag(g, "--accumulate", "micro-batches of one process and step (default: 1)", type=positive)
     flag(g, "--grad-checkpoint", "recompute blocks in the backward pass: less memory, more time", action="store_true")
     flag(g, "--workers", "data processes per training process (default: 4 on CUDA; on the CPU 1 for files, else 0)", type=natural)
+    flag(g, "--deterministic", "the same bits in every run on this machine, slower on CUDA; no timings in log.jsonl", action="store_true")
     g = p.add_argument_group("what it will take")
     flag(g, "--plan", "print parameters, FLOPs, memory a GPU and days of this recipe, and stop; needs no data", action="store_true")
     flag(g, "--gpus", "of the plan (default: 8)", type=positive)
@@ -123,31 +130,33 @@ def parser():
 DEFAULTS = dict(dataset="glyphs", data=None, category="all", res=None, points=None, labels=None, encoder=None, width=None, depth=None,
                 heads=None, latents=None, levels=None, rope=None, seed=0, device="auto", dtype="auto", compile=None,
                 accumulate=1, grad_checkpoint=False, workers=None, out=None, resume=None, log_every=10, save_every=1000,
-                sample_every=1000, keep=1, max_bad_steps=20, plan=False, gpus=8, utilisation=0.4)
+                sample_every=1000, keep=1, max_bad_steps=20, skip_bad=False, deterministic=False, plan=False, gpus=8, utilisation=0.4)
 
 SCHEDULES = {"constant": lambda progress: 1.0, "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress)}
 
 
 def settings(argv=None):
-    """Flags over the resumed run's settings over the recipe: a namespace, the flags given, and the checkpoint
-    to resume (or None)."""
+    """Flags over the resumed run's settings over the recipe: a namespace, the flags given, the checkpoint to resume (or
+    None), and the lock on the run directory where there is one already (or None)."""
     given = {k: v for k, v in vars(parser().parse_args(argv)).items() if v is not None}
     resume, ckpt = given.get("resume"), None
     out = Path(given.get("out") or f"runs/{given.get('dataset', 'glyphs')}")
     if resume == "auto":
-        resume = out if (out / "ckpt.pt").exists() else None
+        resume = out if checkpoints(out) else None
         if resume is None:
             print0(f"--resume auto: no checkpoint in {out}, starting at step 0")
     source = None if resume is None else Path(resume) if Path(resume).is_dir() else Path(resume).parent
     if source is not None and "out" not in given:
         out = source
-    if "plan" not in given and (out / "ckpt.pt").exists() and (source is None or source.resolve() != out.resolve()):
+    if "plan" not in given and checkpoints(out) and (source is None or source.resolve() != out.resolve()):
         raise InputError(f"{out} holds a run already: continue it with --resume auto, or give another --out")
+    # before the checkpoint is read: a run that ends just now may be about to write a later one
+    lock = one_training(out) if RANK == 0 and "plan" not in given and out.is_dir() else None
     if resume is not None:
         ckpt = read_checkpoint(resume)
         if "optimizer" not in ckpt:
             raise InputError(f"--resume {resume}: the checkpoint has no optimizer state, it cannot be trained on")
-    stored = ckpt["config"]["settings"] if ckpt else {}
+    stored = stored_settings(ckpt) if ckpt else {}
     for name in ("dataset", "model", "batch_size", "seed"):            # on these the data order and the weights rest
         if name in stored and given.get(name, stored[name]) != stored[name]:
             raise InputError(f"--{name.replace('_', '-')} {given[name]}: the run to resume has {stored[name]}; "
@@ -162,7 +171,33 @@ def settings(argv=None):
                             ("guidance", 0, 1e3), ("seed", 0, 2 ** 62), ("utilisation", 1e-3, 1)):
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name} {getattr(args, name)}: expected a number between {low:g} and {high:g}")
-    return args, given, ckpt
+    return args, given, ckpt, lock
+
+
+def stored_settings(ckpt):
+    """The settings in a checkpoint, each held to what the command line would take."""
+    stored, flags = ckpt["config"]["settings"], {action.dest: action for action in parser()._actions}
+    for name, value in stored.items():
+        flag = flags.get(name)
+        if flag is None or value is None:
+            continue
+        kind = bool if flag.nargs == 0 else int if flag.type in (positive, natural) else flag.type or str
+        if not isinstance(value, (int, float) if kind is float else kind) or flag.choices and value not in flag.choices:
+            raise InputError(f"{ckpt['file'].name}: its setting {name} is {value!r:.60}, which --{name.replace('_', '-')} does not take")
+    return {name: stored[name] for name in stored if name in flags}
+
+
+def one_training(out):
+    """Locks a run directory. Raises InputError where another training has it."""
+    path = out / "lock"
+    try:
+        lock = data.only_one(path)
+    except InputError:
+        raise InputError(f"{out}: another training writes it ({path.read_text().strip()}); wait for its end, or give another --out") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    lock.flush()
+    return lock
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -211,10 +246,13 @@ def micro_loss(net, coords, batch, step, places, args, device, dtype):
 
 
 @torch.no_grad()
-def update_ema(ema, model, step, decay):
-    """ema <- d ema + (1-d) model with d = min(decay, (1+s)/(10+s)); buffers are copied, not averaged."""
+def update_ema(ema, model, step, decay, skipped=0.0):
+    """ema <- d ema + (1-d) model with d = min(decay, (1+s)/(10+s)), 1 where the step was skipped (a scalar on the device);
+    buffers are copied, not averaged."""
     d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+    averages, own = list(ema.parameters()), list(model.parameters())
+    share = torch.as_tensor((1 - d) * (1 - skipped), dtype=torch.float32, device=own[0].device)
+    torch._foreach_lerp_(averages, own, [share] * len(own))
     for average, own in zip(ema.buffers(), model.buffers()):
         average.copy_(own)
 
@@ -226,7 +264,7 @@ def update(model, ema, optimizer, step, args):
     optimizer.found_inf = (~norm.isfinite()).float()
     optimizer.step()
     optimizer.zero_grad()
-    update_ema(ema, model, step, args.ema)
+    update_ema(ema, model, step, args.ema, optimizer.found_inf)
     return norm
 
 
@@ -253,21 +291,52 @@ def read_log(path, step):
     return records
 
 
+def append_log(path, records):
+    """Appends lines, all or none: half a line would spoil the next one."""
+    with open(path, "ab", buffering=0) as f:
+        size, text = f.tell(), "".join(json.dumps(r) + "\n" for r in records).encode()
+        try:
+            if f.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            f.truncate(size)
+            raise
+
+
 def save_checkpoint(out, step, previous, model, ema, optimizer, config, keep):
     """ckpt.pt, and the `keep` checkpoints before it as ckpt-STEP.pt (hard links: no second copy is written);
-    `previous` is the step of the ckpt.pt that is there."""
+    `previous` is the step of the ckpt.pt that is there. Until the new one is on disk nothing else is touched."""
     state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
                  data_position=step * config["settings"]["batch_size"], rng=torch.get_rng_state(), config=config)
-    if keep > 0 and (out / "ckpt.pt").exists():
-        earlier = out / f"ckpt-{previous:07d}.pt"
-        if not earlier.exists():
-            try:
-                os.link(out / "ckpt.pt", earlier)
-            except OSError:                                            # a file system without hard links
-                shutil.copy(out / "ckpt.pt", earlier)
-    write_atomic(out / "ckpt.pt", lambda f: torch.save(state, f))
-    for old in sorted(out.glob("ckpt-*.pt"))[:-keep or None]:
-        old.unlink()
+
+    def write(f):
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:                                      # torch's writer covers the disk's error with its own
+            raise e.__context__ if isinstance(e.__context__, OSError) else e
+
+    earlier = out / f"ckpt-{previous:07d}.pt"
+    if keep > 0 and (out / "ckpt.pt").exists() and not earlier.exists():
+        try:
+            os.link(out / "ckpt.pt", earlier)
+        except OSError:                                                # a file system without hard links
+            with open(out / "ckpt.pt", "rb") as there:
+                write_atomic(earlier, lambda f: shutil.copyfileobj(there, f))
+    write_atomic(out / "ckpt.pt", write)
+    kept = [p for p in checkpoints(out) if p.stem != "ckpt" and int(p.stem[5:]) < step][:keep]
+    for old in checkpoints(out)[1:]:
+        if old not in kept:
+            old.unlink()
+
+
+def attempt(what, write, *args):
+    """Whether write(*args) could be done. A disk that is full or gone does not end a training; it is said."""
+    try:
+        write(*args)
+        return True
+    except OSError as e:
+        print0(f"warning: {message(e)}: {what}")
+        return False
 
 
 def draw_curve(path, records, width=720, height=360):
@@ -296,7 +365,7 @@ def draw_curve(path, records, width=720, height=360):
     pen.text((left + w / 2 - 60, height - 18), f"step (loss, last mean {mean:.4f})", fill="black")
     pen.line([place(p) for p in points], fill="#b9cbe8")
     pen.line([place(p) for p in smooth], fill="#1f4e9c", width=2)
-    sheet.save(path)
+    write_atomic(path, lambda f: sheet.save(f, format="PNG"))
 
 
 def sample_picture(path, model, ema, args, dataset, device, dtype, n=16):
@@ -313,7 +382,7 @@ def sample_picture(path, model, ema, args, dataset, device, dtype, n=16):
                             steps=min(25, args.sampling_steps), path=args.path)
         pictures += [picture(p, (cfg.res, cfg.res), cfg.domain == "image") for p in x]
     model.train()
-    grid_picture(pictures, columns=8).save(path)
+    write_atomic(path, lambda f: grid_picture(pictures, columns=8).save(f, format="PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -385,11 +454,18 @@ H100_FLOPS = 989e12               # dense bfloat16, NVIDIA's data sheet of the S
 
 
 def main(argv=None):
-    args, given, ckpt = settings(argv)
+    args, given, ckpt, lock = settings(argv)
     if args.plan:
         return plan(args)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # cuBLAS asks for it, before its first product
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.enable_mem_efficient_sdp(False)            # its backward pass adds in any order
     dataset, cfg = build(args, given)
     device = start_processes(args.device)
+    if ckpt:
+        same_everywhere(ckpt)
     dtype = pick_dtype(args.dtype, device, "bfloat16" if bfloat16_cpu() else "float32")
     compiled = args.compile if args.compile is not None else device.type == "cuda"
     # on a CPU a data process pays only where files are decoded: it takes time from the cores that train
@@ -411,7 +487,7 @@ def main(argv=None):
             raise InputError(f"--resume: the checkpoint's model differs in {', '.join(differ)}; drop those flags")
         load_weights(model, ckpt["model"], args.resume)
         load_weights(ema, ckpt["ema"], args.resume)
-        optimizer.load_state_dict(ckpt["optimizer"])
+        load_optimizer(optimizer, ckpt["optimizer"], args.resume)
         step = ckpt["step"]
         print0(f"resumed at step {step}")
     net = torch.compile(model) if compiled else model
@@ -425,6 +501,9 @@ def main(argv=None):
     records = []
     if RANK == 0:
         make_directory(out, "--out")
+        lock = lock or one_training(out)
+        for unfinished in out.glob("*.tmp"):                           # of a run that was killed while it wrote
+            unfinished.unlink()
         records = read_log(out / "log.jsonl", step) if ckpt else []    # forget what was logged after the checkpoint
         write_atomic(out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
         write_atomic(out / "log.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in records).encode()))
@@ -435,51 +514,74 @@ def main(argv=None):
            f"{args.decode} of {cfg.res ** 2 if cfg.domain == 'image' else cfg.points} pairs decoded; "
            f"steps {step} to {args.steps}; run directory {out}")
 
+    left_out = {} if args.skip_bad else None                           # items that cannot be read: {number: what is wrong}
     batches = iter(data.loader(dataset, args.seed, step, args.batch_size, micro, RANK, WORLD, workers,
-                               pin=device.type == "cuda"))
+                               pin=device.type == "cuda", left_out=left_out))
     coords = asft.image_coords(cfg.res, device=device) if cfg.domain == "image" else None
     first_place = RANK * micro * args.accumulate
-    stop = []                                                          # signals seen
+    stop, fault = [], None                                             # signals seen; an item that cannot be read
     before = {n: signal.signal(n, lambda n, frame: stop.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    total, bad = torch.zeros(2, device=device), torch.zeros(2, device=device)    # loss sum, count; bad in a row, in all
+    total, faults = torch.zeros(2, device=device), []                  # loss sum, count; which steps since the last log were skipped
+    skipped, row = records[-1]["skipped"] if records else 0, 0         # steps in all, and in a row
+    reported, unwritten = set(), []                                    # items left out that were told of; records not on disk yet
     saved, logged, started, told = step, step, time.time(), 0.0
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=None if RANK == 0 else True, smoothing=0.05)
 
     while True:
         last = step >= args.steps
-        interrupted = bool(stop) and WORLD == 1
+        interrupted = (bool(stop) or fault is not None) and WORLD == 1
         if (step % args.log_every == 0 or step % args.save_every == 0 or last or interrupted) and step > logged:
             if WORLD > 1:
                 dist.all_reduce(total)
-            (loss, count), (row, skipped) = total.tolist(), bad.tolist()
+            loss, count = total.tolist()
             loss = loss / count if count else math.nan
             rate = (step - logged) / (time.time() - started)
+            bad, row, longest = bad_steps(torch.stack(faults).tolist(), logged, row)
+            skipped += len(bad)
+            if args.skip_bad:
+                report_left_out(left_out, reported)
             if RANK == 0:
                 memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident()
-                records.append(dict(step=step, loss=finite(loss), grad_norm=finite(norm.item()), lr=lr, steps_per_s=round(rate, 3),
-                                    samples_per_s=round(rate * args.batch_size, 2), peak_gb=round(memory / 1e9, 3),
-                                    skipped=int(skipped)))
-                with open(out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(records[-1]) + "\n")
+                record = dict(step=step, loss=finite(loss), grad_norm=finite(norm.item()), lr=lr, skipped=skipped)
+                if not args.deterministic:
+                    record.update(steps_per_s=round(rate, 3), samples_per_s=round(rate * args.batch_size, 2), peak_gb=round(memory / 1e9, 3))
+                if args.skip_bad:
+                    record["left_out"] = len(reported)
+                if bad:
+                    record["bad"] = [dict(step=s + 1, items=[data.item_index(len(dataset), args.seed, k) for k in range(
+                        s * args.batch_size, (s + 1) * args.batch_size)]) for s in bad]
+                    print0(f"warning: non-finite loss or gradient, skipped: step {', '.join(str(s + 1) for s in bad)}; "
+                           f"the items of their batches are in log.jsonl")
+                records.append(record)
+                unwritten.append(record)
+                if attempt("the log is not written, next attempt with its next line", append_log, out / "log.jsonl", unwritten):
+                    unwritten.clear()
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate * args.batch_size:.1f} samples/s, {memory / 1e9:.2f} GB peak")
                 if not sys.stderr.isatty() and (last or time.time() - told > 10):        # no bar there: a line now and then
                     told = time.time()
                     print0(f"step {step}/{args.steps}: {bar.postfix}, {rate:.2f} steps/s, "
                            f"{(args.steps - step) / rate / 60:.1f} min left")
-            if row >= args.max_bad_steps:
-                raise InputError(f"{int(row)} steps in a row up to step {step} had a non-finite loss or gradient "
+            if longest >= args.max_bad_steps:
+                raise InputError(f"{longest} steps in a row up to step {step} had a non-finite loss or gradient "
                                  f"(--max-bad-steps {args.max_bad_steps}); the checkpoint of step {saved} is kept")
             total.zero_()
+            faults.clear()
             logged, started = step, time.time()
         # processes may see a signal at different steps: they agree on it where they meet anyway
         stopping = interrupted or WORLD > 1 and step == logged and any_rank(bool(stop), device)
         if RANK == 0:
             if step > saved and (step % args.save_every == 0 or last or stopping):
-                save_checkpoint(out, step, saved, model, ema, optimizer, config, args.keep)
-                draw_curve(out / "loss.png", records)
-                saved = step
+                try:
+                    save_checkpoint(out, step, saved, model, ema, optimizer, config, args.keep)
+                    saved = step
+                except OSError as e:
+                    failed = f"{message(e)}: step {step} is not saved, {f'the checkpoint of step {saved} is kept' if saved else 'nor any before it'}"
+                    if last or stopping:
+                        raise InputError(f"{f'{fault}; ' if fault else ''}{failed}; make room and continue with --resume auto") from None
+                    print0(f"warning: {failed}; next attempt at step {(step // args.save_every + 1) * args.save_every}")
+                attempt("the curve is not drawn", draw_curve, out / "loss.png", records)
             if step > 0 and (step % args.sample_every == 0 or last) and not stopping:
-                sample_picture(out / f"samples-{step:07d}.png", model, ema, args, dataset, device, dtype)
+                attempt("samples are not drawn", sample_picture, out / f"samples-{step:07d}.png", model, ema, args, dataset, device, dtype)
                 started = time.time() if step == logged else started
         if last or stopping:
             break
@@ -487,20 +589,31 @@ def main(argv=None):
         lr = learning_rate(args, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for i in range(args.accumulate):
-            places = range(first_place + i * micro, first_place + (i + 1) * micro)
-            with net.no_sync() if WORLD > 1 and i + 1 < args.accumulate else nullcontext():
-                loss = micro_loss(net, coords, next(batches), step, places, args, device, dtype)
-                (loss / args.accumulate).backward()
-            total += torch.stack([loss.detach().nan_to_num(0, 0, 0), loss.isfinite().float()])
+        try:
+            for i in range(args.accumulate):
+                places = range(first_place + i * micro, first_place + (i + 1) * micro)
+                with net.no_sync() if WORLD > 1 and i + 1 < args.accumulate else nullcontext():
+                    loss = micro_loss(net, coords, next(batches), step, places, args, device, dtype)
+                    # 0 * inf: a loss that is not finite leaves no gradient finite, in any process
+                    (loss / args.accumulate).backward(1 + 0 * loss.detach())
+                total += torch.stack([loss.detach().nan_to_num(0, 0, 0), loss.isfinite().float()])
+        except InputError as e:                                        # of an item: the weights are still those of this step
+            if WORLD > 1:
+                raise
+            fault = e
+            continue
         norm = update(model, ema, optimizer, step, args)
-        bad = torch.stack([(bad[0] + 1) * optimizer.found_inf, bad[1] + optimizer.found_inf])
+        faults.append(optimizer.found_inf)
         step += 1
         bar.update()
 
     bar.close()
     for number, handler in before.items():
         signal.signal(number, handler)
+    if args.skip_bad and reported:
+        print0(f"{len(reported)} of {len(dataset)} items could not be read and were replaced by others")
+    if fault:
+        raise InputError(f"{fault}; " + (f"step {step} is saved, continue with --resume auto" if saved else "nothing was trained yet"))
     if stopping:
         print0(f"stopped by signal {stop[0] if stop else ''} at step {step}, saved; continue with --resume auto")
     else:
@@ -510,6 +623,41 @@ def main(argv=None):
         del net                        # it holds the process group in a cycle of references: left to the interpreter's
         gc.collect()                   # exit, the group's threads may still run when their objects are destroyed
         dist.destroy_process_group()
+    if lock:
+        lock.close()
+
+
+def load_optimizer(optimizer, state, path):
+    """Adam's moments of a checkpoint; learning rate and betas stay those of the flags."""
+    try:
+        optimizer.load_state_dict(dict(state=state["state"], param_groups=optimizer.state_dict()["param_groups"]))
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if any(optimizer.state[p][k].shape != p.shape for k in ("exp_avg", "exp_avg_sq")) or optimizer.state[p]["step"].numel() != 1:
+                    raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise InputError(f"{path}: its optimizer state is not that of this model ({type(e).__name__})") from e
+
+
+def bad_steps(flags, first, row):
+    """Of the flags of steps first, first+1, ...: which steps were skipped, how many in a row the last ones are, and how many
+    in a row there were at most; `row` were in a row before."""
+    rows = list(itertools.accumulate(flags, lambda row, flag: (row + 1) * int(flag), initial=row))
+    return [first + i for i, flag in enumerate(flags) if flag], rows[-1], max(rows)
+
+
+def report_left_out(left_out, reported, shown=10):
+    """Prints which items could not be read, each once, and adds their numbers to `reported`; of all processes."""
+    everywhere = [left_out]
+    if WORLD > 1:
+        everywhere = [None] * WORLD
+        dist.all_gather_object(everywhere, left_out)
+    new = {i: problem for part in everywhere for i, problem in part.items() if i not in reported}
+    for problem in list(new.values())[:shown]:
+        print0(f"left out: {problem}")
+    if len(new) > shown:
+        print0(f"left out: {len(new) - shown} more; python data.py check lists them all")
+    reported |= new.keys()
 
 
 def finite(x):
@@ -527,9 +675,15 @@ def peak_resident():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")                  # file names need not be text
     try:
         main()
     except (InputError, OSError) as e:
         if RANK == 0 or dist.is_initialized():                         # what concerns every process is said once
-            print(f"train.py: {one_line(e)}", file=sys.stderr)
+            print(f"train.py: {message(e)}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as e:
+        if WORLD == 1 or "onnection" not in str(e):
+            raise
+        sys.exit(f"train.py: process {RANK} lost another one, whose own message or signal is the cause; "
+                 f"continue with --resume auto ({message(e)[:200]})")

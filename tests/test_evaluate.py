@@ -383,7 +383,7 @@ def test_bad_input_ends_in_one_line(words, refused, tmp_path, monkeypatch):
     with pytest.raises(SystemExit if REFUSED[words] is None else (ValueError, OSError)) as e:
         run(*words.split())
     if REFUSED[words] is not None:
-        text = sample.one_line(e.value)
+        text = data.message(e.value)
         assert REFUSED[words] in text and "\n" not in text, text
     assert not (refused / "metrics.json").exists() and not (refused / "r.npz").exists() and not (refused / "exploded").exists()
 

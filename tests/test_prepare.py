@@ -81,7 +81,7 @@ def test_ffhq_and_church_have_no_classes(tmp_path):
         draw(tmp_path / "church" / "ab" / "cd"[i % 2] / f"{i:05d}.webp", i)
     assert len(data.load("folder", tmp_path / "ffhq", res=16).class_names) == 3
     for name in ("ffhq256", "church256"):
-        args, given, _ = train.settings(["--dataset", name, "--data", str(tmp_path / name[:-3]), "--device", "cpu"])
+        args, given, *_ = train.settings(["--dataset", name, "--data", str(tmp_path / name[:-3]), "--device", "cpu"])
         ds, cfg = train.build(args, given)
         assert ds.class_names == [] and cfg.n_classes == 0 and len(ds) == 6 and {label for label, _ in items(ds)} == {0}
     run("pack", tmp_path / "ffhq", tmp_path / "packed", "--res", 16, "--no-labels")

@@ -167,7 +167,7 @@ def test_killed_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", dies)
-    with pytest.raises(OSError):
+    with pytest.raises(data.InputError, match="ckpt.pt: No space left on device: step 4 is not saved, the checkpoint of step 2 is kept"):
         trained(out, "--steps", 4, "--resume", out)
     monkeypatch.undo()
     assert same(ckpt(out), before)
@@ -324,9 +324,9 @@ def test_ema_is_updated_once_per_optimizer_step(tmp_path, monkeypatch):
     """If accumulation updated the average once per micro-batch, or sampled weights were not its."""
     calls, trail, inner = [], [], train.update_ema
 
-    def spy(ema, model, step, decay):
+    def spy(ema, model, step, decay, skipped):
         before = ema.latents.clone()
-        inner(ema, model, step, decay)
+        inner(ema, model, step, decay, skipped)
         d = min(decay, (1 + step) / (10 + step))
         trail.append(torch.allclose(ema.latents, d * before + (1 - d) * model.latents, atol=1e-7))
         calls.append((step, decay))
@@ -354,16 +354,19 @@ def poisoned(monkeypatch, steps, value=math.inf):
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch, value):
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch, capsys, value):
     """If one bad batch put NaN into weights, average or optimizer."""
     poisoned(monkeypatch, {3}, value)
     out = trained(tmp_path / "run", "--steps", 6, "--log-every", 2, "--save-every", 1, "--keep", 9)
     before, after, final = ckpt(out / "ckpt-0000003.pt"), ckpt(out / "ckpt-0000004.pt"), ckpt(out)
-    assert same(before["model"], after["model"]) and same(before["optimizer"]["state"], after["optimizer"]["state"])
-    assert not same(after["model"], final["model"])
+    assert all(same(before[k], after[k]) for k in ("model", "ema")) and same(before["optimizer"]["state"], after["optimizer"]["state"])
+    assert not same(after["model"], final["model"]) and not same(after["ema"], final["ema"])
     assert all(p.isfinite().all() for weights in (final["model"], final["ema"]) for p in weights.values())
     assert [(r["step"], r["skipped"]) for r in log(out)] == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
     assert [r["step"] for r in log(out) if r["loss"] is None or not math.isfinite(r["loss"])] == [4]
+    items = [data.item_index(2 ** 20, 0, k) for k in range(24, 32)]
+    assert [r["bad"] for r in log(out) if "bad" in r] == [[dict(step=4, items=items)]]
+    assert "skipped: step 4;" in capsys.readouterr().out
 
 
 def test_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
