@@ -1066,9 +1066,12 @@ def unwrap(source, left_out):
 
 def results_of(source):
     """What a DataLoader yields; its processes end with ours, and one that was killed is an InputError."""
+    noticed = source.num_workers and hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD)
     results = iter(source)
     if source.num_workers:      # they ignore SIGTERM, by which Python would end them where an exception leaves them alive
         atexit.register(results._shutdown_workers)
+        if noticed is not False:    # torch's handler would raise in the midst of whatever the main process does; here it is soon enough
+            signal.signal(signal.SIGCHLD, noticed)
     try:
         yield from results
     except RuntimeError as error:
@@ -1452,7 +1455,7 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = error.filename or os.fspath(path)       # a full disk does not say where
+            error.filename = os.fspath(path)                           # a full disk does not say where
         if os.path.isfile(temporary) or os.path.islink(temporary):
             os.remove(temporary)
         raise

@@ -484,7 +484,7 @@ def main(argv=None):
     if ckpt:
         if ckpt["config"]["model"] != asdict(cfg):
             differ = [k for k, v in asdict(cfg).items() if ckpt["config"]["model"].get(k) != v]
-            raise InputError(f"--resume: the checkpoint's model differs in {', '.join(differ)}; drop those flags")
+            raise InputError(f"{ckpt['file'].name}: its model differs from that of the flags in {', '.join(differ)}; drop those flags")
         load_weights(model, ckpt["model"], args.resume)
         load_weights(ema, ckpt["ema"], args.resume)
         load_optimizer(optimizer, ckpt["optimizer"], args.resume)
@@ -657,7 +657,7 @@ def report_left_out(left_out, reported, shown=10):
         print0(f"left out: {problem}")
     if len(new) > shown:
         print0(f"left out: {len(new) - shown} more; python data.py check lists them all")
-    reported |= new.keys()
+    reported.update(new)
 
 
 def finite(x):

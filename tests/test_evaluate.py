@@ -345,7 +345,7 @@ REFUSED = {     # words -> what the line must say
     "--fake nan.npy --real good.npy": "nan.npy: 30 points are NaN or infinite, the first is cloud 4",
     "--fake flat.npy --real good.npy": "flat.npy: found float32 (30, 3); expected floats (S,P,3)",
     "--fake object.npy --real good.npy": "object.npy: not a plain .npy", "--fake ints.npy --real good.npy": "ints.npy: found int64",
-    "--fake same.npy --real good.npy": "all the same", "--fake cut.npz --real whole.npz": "cut.npz: not a readable .npz",
+    "--fake same.npy --real good.npy": "all the same", "--fake cut.npz --real whole.npz": "cut.npz: cannot be read as a .zip",
     "--fake other.npz --real whole.npz": "other.npz: found weights; expected", "--fake half.npz --real whole.npz": "half.npz: found one of",
     "--fake misshapen.npz --real whole.npz": "misshapen.npz: `mu`", "--fake text.pt --real good.npy": "text.pt: not a file of tensors",
     "--fake bomb.pt --real good.npy": "bomb.pt: not a file of tensors", "--fake foreign.pt --real good.npy": "foreign.pt: found a; expected",

@@ -1,0 +1,297 @@
+"""What a training survives, tried: python tests/chaos.py kill (or ranks, disk, sampling, elastic, deterministic, long, all)
+
+| command       | what is done to it                                                     | what must hold                       |
+|---------------|------------------------------------------------------------------------|--------------------------------------|
+| kill          | SIGKILL at a random moment, every second time in the middle of a save  | weights of the uninterrupted run     |
+| ranks         | SIGKILL of one of two processes under torchrun                         | an error within 60 s, then the same  |
+| disk          | saves that fail: no space once, files cut short for a whole run        | told, retried, nothing lost          |
+| sampling      | checkpoints are read while training replaces them                      | each is one of those written, whole  |
+| elastic       | continued with 2, 3 and 1 processes                                    | the losses of one process throughout |
+| deterministic | nothing, twice                                                         | the same bytes of log.jsonl          |
+| long          | 3,000 steps of the tiny preset with data processes                     | no growth, nothing left behind       |
+
+Each command prints its figures and ends with status 1 if anything did not hold. Linux, since it looks into /proc.
+"""
+import argparse
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import sample  # noqa: E402
+
+SMALL = ["--width", 32, "--depth", 2, "--heads", 2, "--latents", 16, "--batch-size", 12, "--decode", 64, "--device", "cpu",
+         "--dtype", "float32", "--sampling-steps", 2, "--sample-every", 10 ** 6]
+
+
+def start(out, *flags, processes=None, **options):
+    """Starts train.py in a session of its own, what it says into out.txt beside the run directory."""
+    launch = ["-m", "torch.distributed.run", "--nnodes", 1, "--nproc_per_node", processes, "--master_port", free_port()] if processes else []
+    words = [sys.executable, *launch, ROOT / "train.py", *SMALL, "--out", out, *flags]
+    with open(f"{out}.txt", "ab") as said:
+        return subprocess.Popen([*map(str, words)], stdout=said, stderr=said, start_new_session=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def train(out, *flags, status=0, **options):
+    """Trains to the end; returns what was said."""
+    process = start(out, *flags, **options)
+    if process.wait(600) != status:
+        sys.exit(f"{out}: status {process.returncode} instead of {status}:\n{said(out)}")
+    return said(out)
+
+
+def said(out):
+    return pathlib.Path(f"{out}.txt").read_text(errors="replace")
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    """Whether two trees of tensors and plain values are equal bit by bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def same_run(a, b):
+    """Weights, average, optimizer and position of two runs' checkpoints, and what they logged, but for the timings."""
+    one, two = (sample.read_checkpoint(path) for path in (a, b))
+    rows = [[[r[k] for k in ("step", "loss", "grad_norm", "lr")] for r in log(path)] for path in (a, b)]
+    return all(same(one[k], two[k]) for k in ("model", "ema", "optimizer", "step", "data_position", "rng")) and rows[0] == rows[1]
+
+
+def children(pid):
+    """Processes below one, at any depth."""
+    parent = {}
+    for entry in pathlib.Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                parent[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                pass
+    found, todo = [], [pid]
+    while todo:
+        todo = [child for child, above in parent.items() if above in todo]
+        found += todo
+    return found
+
+
+def until(true, process, seconds=120):
+    """Waits for a condition, at most until the process ends; whether it came."""
+    end = time.time() + seconds
+    while time.time() < end:
+        if true():
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.0005)
+    return False
+
+
+def kill(work, runs, rng):
+    """SIGKILL at any moment from the start of the process to its end; half of the times once a save has begun."""
+    flags = ["--steps", 300, "--save-every", 5, "--log-every", 5]
+    began = time.time()
+    train(work / "straight", *flags)
+    length, equal, in_write, steps = time.time() - began, 0, 0, []
+    for i in tqdm(range(runs), unit="run"):
+        out = work / f"run{i}"
+        process = start(out, *flags, "--workers", i // 2 % 2, "--keep", i % 3)
+        moment = time.time() + rng.uniform(0, length)
+        until(lambda: time.time() > moment, process)
+        if i % 2:
+            until((out / "ckpt.pt.tmp").exists, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        in_write += (out / "ckpt.pt.tmp").exists()
+        steps.append(sample.read_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0)
+        train(out, *flags, "--resume", "auto")
+        equal += same_run(out, work / "straight") and not list(out.glob("*.tmp"))
+    print(f"kill: {equal} of {runs} runs equal the uninterrupted one bit for bit; {in_write} were killed within a save; "
+          f"they went on from steps {sorted(steps)} of 300")
+    return equal == runs and in_write > 0
+
+
+def ranks(work, runs, rng):
+    """SIGKILL of one of two processes; the launch must end, and the next one go on."""
+    flags = ["--steps", 300, "--save-every", 5, "--log-every", 5]
+    train(work / "straight", *flags, processes=2)
+    equal, ended, left, times = 0, 0, 0, []
+    for i in tqdm(range(runs), unit="run"):
+        out = work / f"run{i}"
+        process = start(out, *flags, processes=2)
+        until((out / "log.jsonl").exists, process)
+        moment = time.time() + rng.uniform(0, 4)
+        until(lambda: time.time() > moment, process)
+        family = children(process.pid)
+        victim = next((pid for pid in family if f"RANK={i % 2}".encode() in environment(pid)), None)
+        if victim is None:                              # it has ended already
+            continue
+        os.kill(victim, signal.SIGKILL)
+        began = time.time()
+        try:
+            ended += process.wait(60) != 0
+            times.append(time.time() - began)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        time.sleep(0.5)
+        left += sum(os.path.exists(f"/proc/{pid}") for pid in family)
+        train(out, *flags, "--resume", "auto", processes=2)
+        equal += same_run(out, work / "straight")
+    print(f"ranks: {ended} of {runs} launches ended with an error, the slowest {max(times, default=0):.1f} s after the kill, {left} processes "
+          f"left; {equal} of {runs} reruns equal the uninterrupted one bit for bit")
+    return equal == ended == runs and not left
+
+
+def environment(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def disk(work, runs, rng):
+    """Saves that fail. No space: the temporary file is a link to /dev/full. Cut short: a limit on the size of files."""
+    flags = ["--save-every", 20, "--log-every", 5]
+    train(work / "straight", *flags, "--steps", 100)
+    out = work / "run"
+    train(out, *flags, "--steps", 40, "--schedule", "cosine")
+    before = (out / "ckpt.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
+    text = train(out, *flags, "--steps", 100, "--resume", "auto", status=2, preexec_fn=limit)
+    held = (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+    told = text.count("File too large: step") == 3 and "next attempt at step 80" in text and "Traceback" not in text
+    print(f"disk: with files cut short, checkpoint of step 40 kept: {held}, three failed saves told: {told}")
+
+    full = work / "full"
+    process = start(full, *flags, "--steps", 100)
+    until((full / "log.jsonl").exists, process)
+    (full / "ckpt.pt.tmp").symlink_to("/dev/full")
+    process.wait()
+    text = said(full)
+    retried = process.returncode == 0 and text.count("No space left on device: step 20 is not saved") == 1 and same_run(full, work / "straight")
+    print(f"disk: without space once, told, and saved at the next interval: {retried}")
+    return held and told and retried
+
+
+def sampling(work, runs, rng):
+    """Reads checkpoints as sample.py does while training replaces them several times a second."""
+    flags = ["--steps", 150, "--save-every", 1, "--log-every", 50]
+    train(work / "straight", *flags, "--keep", 1000)
+    known = {int(p.stem[5:]): p for p in (work / "straight").glob("ckpt-*.pt")} | {150: work / "straight" / "ckpt.pt"}
+    process, read, whole = start(work / "run", *flags), [], 0
+    until((work / "run" / "ckpt.pt").exists, process)
+    while process.poll() is None or len(read) < runs:
+        ckpt = sample.read_checkpoint(work / "run", mmap=True)
+        there = sample.read_checkpoint(known[ckpt["step"]])
+        whole += all(same(ckpt[k], there[k]) for k in ("model", "ema", "optimizer"))
+        read.append(ckpt["step"])
+    print(f"sampling: {whole} of {len(read)} checkpoints read during training are whole, of {len(set(read))} different steps")
+    return whole == len(read) and len(set(read)) > 5
+
+
+def elastic(work, runs, rng):
+    """The same run on 1 process, and on 1, 2, 3 and 1 in turn."""
+    flags = ["--log-every", 1, "--schedule", "constant", "--save-every", 1000]
+    train(work / "straight", *flags, "--steps", 80)
+    out = work / "run"
+    train(out, *flags, "--steps", 20)
+    for steps, processes in ((40, 2), (60, 3), (80, 1)):
+        train(out, *flags, "--steps", steps, "--resume", "auto", processes=processes)
+    losses = [[r["loss"] for r in log(path)] for path in (out, work / "straight")]
+    apart = max(abs(a / b - 1) for a, b in zip(*losses))
+    steps = [r["step"] for r in log(out)] == [*range(1, 81)]
+    change = min(abs(a / b - 1) for a, b in zip(losses[1][40:], losses[1][41:]))
+    print(f"elastic: losses of 80 steps on 1, 2, 3 and 1 processes against 1: at most {apart:.1e} apart relatively (from one step to the "
+          f"next at least {change:.1e}), no step twice or missing: {steps}")
+    return apart < 1e-4 and steps
+
+
+def deterministic(work, runs, rng):
+    """Two runs with --deterministic."""
+    for name in ("one", "two"):
+        train(work / name, "--steps", 60, "--log-every", 5, "--deterministic", "--workers", 2)
+    one, two = ((work / name / "log.jsonl").read_bytes() for name in ("one", "two"))
+    print(f"deterministic: the {len(one.splitlines())} lines of log.jsonl are the same bytes: {one == two}")
+    return one == two and len(one.splitlines()) == 12
+
+
+def long(work, runs, rng, steps=3000):
+    """Resident memory, open files and processes of a long run, at a tenth of its steps and at its end."""
+    out, small = work / "run", SMALL.copy()
+    SMALL[:] = ["--device", "cpu"]                      # the recipe as it is: preset tiny, batch 16
+    process = start(out, "--steps", steps, "--workers", 2, "--sample-every", 500, "--save-every", 500)
+    SMALL[:] = small
+    seen = {}
+    with tqdm(total=steps, unit="step") as bar:
+        while process.poll() is None:
+            try:
+                step = log(out)[-1]["step"]
+                family = [process.pid, *children(process.pid)]
+                pages = [int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in family]
+                files = [len(os.listdir(f"/proc/{pid}/fd")) for pid in family]
+                seen[step] = (sum(pages) * resource.getpagesize() / 2 ** 20, sum(files), len(family))
+                bar.update(step - bar.n)
+            except (OSError, IndexError, ValueError):
+                pass
+            time.sleep(0.2)
+    first, last = (min(seen, key=lambda s: abs(s - at)) for at in (steps // 10, steps - 50))
+    growth = seen[last][0] / seen[first][0] - 1
+    for step in sorted({min(seen, key=lambda s: abs(s - steps * i // 10)) for i in range(1, 11)} | {last}):
+        print(f"long: step {step}: {seen[step][0]:.1f} MiB resident, {seen[step][1]} open files, {seen[step][2]} processes")
+    print(f"long: resident memory grew by {100 * growth:+.2f} % from step {first} to {last}; status {process.returncode}")
+    return growth < 0.01 and seen[first][1:] == seen[last][1:] and process.returncode == 0
+
+
+COMMANDS = {f.__name__: f for f in (kill, ranks, disk, sampling, elastic, deterministic, long)}
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("command", choices=[*COMMANDS, "all"])
+    p.add_argument("--runs", type=int, default=20, help="of kill, ranks and sampling (default: 20)")
+    p.add_argument("--seed", type=int, default=0, help="of the random moments")
+    args = p.parse_args(argv)
+    held = {}
+    for name in COMMANDS if args.command == "all" else [args.command]:
+        work = pathlib.Path(tempfile.mkdtemp(prefix="chaos-"))
+        began = time.time()
+        try:
+            held[name] = COMMANDS[name](work, args.runs, random.Random(args.seed))
+        finally:
+            if held.get(name):
+                shutil.rmtree(work)
+            else:
+                print(f"{name}: what was written is kept in {work}")
+        print(f"{name}: {'held' if held[name] else 'DID NOT HOLD'} ({time.time() - began:.0f} s)", flush=True)
+    return 0 if all(held.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
