@@ -40,6 +40,7 @@ import pickle
 import signal
 import sys
 import tokenize
+import warnings
 import zipfile
 import zlib
 
@@ -526,7 +527,8 @@ def read_image(path, read=None):
     read() gives the bytes of a file in an archive. Raises InputError naming the path if it cannot be read to its end.
     """
     try:
-        with Image.open(path if read is None else io.BytesIO(read())) as file:
+        with warnings.catch_warnings(), Image.open(path if read is None else io.BytesIO(read())) as file:
+            warnings.simplefilter("ignore")         # of damaged EXIF, without a path; what counts is whether pixels come out
             image = ImageOps.exif_transpose(file)
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no known range")

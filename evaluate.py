@@ -998,6 +998,7 @@ def stats(argv):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")                  # file names need not be text
     try:
         main()
     except (ValueError, OSError) as e:                                 # InputError, and the ValueErrors of metrics/

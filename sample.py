@@ -127,6 +127,7 @@ def read_file(path, mmap):
                 file.seek(0)
                 ckpt = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as e:     # a broken file raises whatever its bytes provoke: zip, pickle, EOF, key errors
+            file.close()
             raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}); "
                              f"expected a ckpt.pt written by train.py") from e
         # to be mapped a file is opened anew: training may have put its next checkpoint there
@@ -970,6 +971,7 @@ def finish_samples(out, record, n, nfe, size, npz):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")                  # file names need not be text
     try:
         main()
     except (InputError, OSError) as e:

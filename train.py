@@ -174,6 +174,17 @@ def settings(argv=None):
     return args, given, ckpt, lock
 
 
+def same_data(ckpt, dataset):
+    """Raises InputError where labels would mean other classes than before; says so where the data order is another one."""
+    before = ckpt["config"]
+    if before["class_names"] != dataset.class_names:
+        raise InputError(f"--data: its {len(dataset.class_names)} classes are not the {len(before['class_names'])} of the run to resume, "
+                         f"{ckpt['file'].name}; expected the same names in the same order")
+    if before.get("items", len(dataset)) != len(dataset):
+        print0(f"warning: the data set has {len(dataset)} items, {before['items']} when the checkpoint was written: the order in which "
+               f"they are read is another one from here on")
+
+
 def stored_settings(ckpt):
     """The settings in a checkpoint, each held to what the command line would take."""
     stored, flags = ckpt["config"]["settings"], {action.dest: action for action in parser()._actions}
@@ -334,7 +345,7 @@ def attempt(what, write, *args):
     try:
         write(*args)
         return True
-    except OSError as e:
+    except (OSError, InputError) as e:                                 # InputError: of an object whose pictures condition a sample
         print0(f"warning: {message(e)}: {what}")
         return False
 
@@ -466,6 +477,7 @@ def main(argv=None):
     device = start_processes(args.device)
     if ckpt:
         same_everywhere(ckpt)
+        same_data(ckpt, dataset)
     dtype = pick_dtype(args.dtype, device, "bfloat16" if bfloat16_cpu() else "float32")
     compiled = args.compile if args.compile is not None else device.type == "cuda"
     # on a CPU a data process pays only where files are decoded: it takes time from the cores that train
@@ -489,12 +501,13 @@ def main(argv=None):
         load_weights(ema, ckpt["ema"], args.resume)
         load_optimizer(optimizer, ckpt["optimizer"], args.resume)
         step = ckpt["step"]
+        ckpt["file"].close()
         print0(f"resumed at step {step}")
     net = torch.compile(model) if compiled else model
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
-    config = dict(model=asdict(cfg), class_names=dataset.class_names, path=args.path, settings=dict(vars(args)),
+    config = dict(model=asdict(cfg), class_names=dataset.class_names, items=len(dataset), path=args.path, settings=dict(vars(args)),
                   sampling=dict(solver=args.solver, steps=args.sampling_steps, guidance=args.guidance),
                   normalisation=None if cfg.domain == "image" else "box", tokens=getattr(dataset, "spec", None),
                   torch=str(torch.__version__))
@@ -562,6 +575,8 @@ def main(argv=None):
                     print0(f"step {step}/{args.steps}: {bar.postfix}, {rate:.2f} steps/s, "
                            f"{(args.steps - step) / rate / 60:.1f} min left")
             if longest >= args.max_bad_steps:
+                if RANK:                                               # every process has seen it: one says it
+                    sys.exit(2)
                 raise InputError(f"{longest} steps in a row up to step {step} had a non-finite loss or gradient "
                                  f"(--max-bad-steps {args.max_bad_steps}); the checkpoint of step {saved} is kept")
             total.zero_()

@@ -550,6 +550,21 @@ def test_a_killed_data_process_is_told(tmp_path, monkeypatch):
     assert ckpt(tmp_path / "run")["step"] >= 3
 
 
+def test_data_that_changed_since(tmp_path, capsys):
+    """If a run went on with labels that mean other classes, or in another order without a word."""
+    for name in ("cat", "dog"):
+        pictures(tmp_path / "set" / name, 3)
+    flags = [*FLAGS, "--dataset", "folder", "--data", tmp_path / "set", "--res", 16]
+    out = trained(tmp_path / "run", *flags, "--steps", 2)
+    os.rename(tmp_path / "set" / "dog", tmp_path / "set" / "cow")
+    with pytest.raises(data.InputError, match="--data: its 2 classes are not the 2 of the run"):
+        trained(out, *flags, "--steps", 4, "--resume", "auto")
+    os.rename(tmp_path / "set" / "cow", tmp_path / "set" / "dog")
+    (tmp_path / "set" / "dog" / "0.png").unlink()
+    trained(out, *flags, "--steps", 4, "--resume", "auto")
+    assert "warning: the data set has 5 items, 6 when the checkpoint was written" in capsys.readouterr().out
+
+
 # --- processes
 
 def test_a_second_training_of_the_same_run_refuses(tmp_path):

@@ -76,6 +76,22 @@ def test_no_pickle_is_ever_loaded():
     assert found >= 3
 
 
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name != "tests"], ids=lambda p: p.name)
+def test_no_text_from_outside_is_run_or_used_as_a_format(path):
+    """If the name of a class or a file could reach a shell, the interpreter, or a format string."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            assert "subprocess" not in [a.name for a in node.names] + [getattr(node, "module", None)], f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "compile", "os.system", "os.popen", "__import__"), f"{path.name}:{node.lineno}"
+            assert not name.startswith(("os.exec", "os.spawn", "subprocess.")), f"{path.name}:{node.lineno}"
+            assert not name.endswith((".format", ".format_map")), f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
+            assert not isinstance(node.left, (ast.Constant, ast.JoinedStr)) or not isinstance(getattr(node.left, "value", ""), str), \
+                f"{path.name}:{node.lineno}"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_at_the_top_are_the_six_packages(path):
     """If the project needed a package that requirements.txt does not name."""
