@@ -120,14 +120,16 @@ def kill(work, runs, rng):
     train(work / "straight", *flags)
     length, equal, in_write, steps = time.time() - began, 0, 0, []
     for i in tqdm(range(runs), unit="run"):
-        out = work / f"run{i}"
-        process = start(out, *flags, "--workers", i // 2 % 2, "--keep", i % 3)
-        moment = time.time() + rng.uniform(0, length)
-        until(lambda: time.time() > moment, process)
-        if i % 2:
-            until((out / "ckpt.pt.tmp").exists, process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        out, status = work / f"run{i}", 0
+        while status == 0:                              # again, where it was at its end before that moment
+            shutil.rmtree(out, ignore_errors=True)
+            process = start(out, *flags, "--workers", i // 2 % 2, "--keep", i % 3)
+            moment = time.time() + rng.uniform(0, length)
+            until(lambda: time.time() > moment, process)
+            if i % 2:
+                until((out / "ckpt.pt.tmp").exists, process)
+            process.kill()
+            status = process.wait()
         in_write += (out / "ckpt.pt.tmp").exists()
         steps.append(sample.read_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0)
         train(out, *flags, "--resume", "auto")
@@ -143,15 +145,15 @@ def ranks(work, runs, rng):
     train(work / "straight", *flags, processes=2)
     equal, ended, left, times = 0, 0, 0, []
     for i in tqdm(range(runs), unit="run"):
-        out = work / f"run{i}"
-        process = start(out, *flags, processes=2)
-        until((out / "log.jsonl").exists, process)
-        moment = time.time() + rng.uniform(0, 4)
-        until(lambda: time.time() > moment, process)
-        family = children(process.pid)
-        victim = next((pid for pid in family if f"RANK={i % 2}".encode() in environment(pid)), None)
-        if victim is None:                              # it has ended already
-            continue
+        out, victim = work / f"run{i}", None
+        while victim is None:                           # again, where it was at its end before that moment
+            shutil.rmtree(out, ignore_errors=True)
+            process = start(out, *flags, processes=2)
+            until((out / "log.jsonl").exists, process)
+            moment = time.time() + rng.uniform(0, 4)
+            until(lambda: time.time() > moment, process)
+            family = children(process.pid)
+            victim = next((pid for pid in family if f"RANK={i % 2}".encode() in environment(pid)), None)
         os.kill(victim, signal.SIGKILL)
         began = time.time()
         try:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import socket
@@ -585,12 +586,12 @@ def test_a_second_training_of_the_same_run_refuses(tmp_path):
 
 def test_killed_and_continued(tmp_path):
     """tests/chaos.py kill with two runs, one of them killed within a save."""
-    assert chaos.kill(tmp_path, 2, __import__("random").Random(1))
+    assert chaos.kill(tmp_path, 2, random.Random(1))
 
 
 def test_one_of_two_processes_killed(tmp_path):
     """tests/chaos.py ranks with one run."""
-    assert chaos.ranks(tmp_path, 1, __import__("random").Random(1))
+    assert chaos.ranks(tmp_path, 1, random.Random(1))
 
 
 def test_deterministic(tmp_path):
