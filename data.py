@@ -24,6 +24,7 @@ import argparse
 import atexit
 import collections
 import colorsys
+import contextlib
 import csv
 import ctypes
 import functools
@@ -36,13 +37,11 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import signal
+import socket
 import sys
-import tokenize
 import warnings
 import zipfile
-import zlib
 
 import numpy as np
 import PIL
@@ -68,8 +67,8 @@ def printable(text):
 
 
 def one_line(error):
-    """An error of a library: its type, then its text."""
-    return f"{type(error).__name__}: {printable(' '.join(str(error).split()))}"
+    """An error of a library: its type, then its text, which may quote a whole file."""
+    return f"{type(error).__name__}: {printable(' '.join(str(error).split()))[:300]}"
 
 
 def message(error):
@@ -454,7 +453,11 @@ def archive(path, process):
     lmdb = optional("lmdb", path)
     try:
         # read-only, without its lock file, which a shared file system may refuse
-        view = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False).begin(buffers=False)
+        opened = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
+        wanted, size = (opened.info()["last_pgno"] + 1) * opened.stat()["psize"], os.path.getsize(os.path.join(path, "data.mdb"))
+        if size < wanted:                             # to read on there would end the process: it is mapped
+            raise InputError(f"{path}: data.mdb has {size} bytes; expected {wanted}, it is cut off")
+        view = opened.begin(buffers=False)
         names = [key.decode("latin-1") for key in view.cursor().iternext(values=False)]
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=archive.cache_clear)
@@ -496,7 +499,7 @@ def optional(package, path):
 
 def find_files(path, suffixes):
     """All files of these suffixes below path, sorted; follows links, but enters no directory twice on one way down."""
-    found, todo = [], [(path, (os.path.realpath(path),))]
+    found, todo, ways = [], [(path, (os.path.realpath(path),))], collections.Counter()
     while todo:
         folder, above = todo.pop()
         try:
@@ -511,6 +514,9 @@ def find_files(path, suffixes):
                 continue
             if real and real not in above:
                 todo.append((entry.path, above + (real,)))
+                ways[real] += 1
+                if ways[real] > 1000:
+                    raise InputError(f"{entry.path}: the thousandth way to one directory; expected links that do not lead into each other")
             elif wanted:
                 found.append(entry.path)
     return sorted(found)
@@ -529,7 +535,7 @@ def read_image(path, read=None):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")         # of damaged EXIF, of large pictures; what counts is whether pixels come out
-            with Image.open(path if read is None else io.BytesIO(read())) as file:
+            with Image.open(path if read is None else io.BytesIO(read()), formats=formats()) as file:
                 image = ImageOps.exif_transpose(file)
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no known range")
@@ -540,8 +546,17 @@ def read_image(path, read=None):
                 image = image.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
             return image.convert("RGB")
+    except PIL.UnidentifiedImageError:
+        raise InputError(f"{path}: cannot be read as a picture (not one of {', '.join(formats())})") from None
     except Exception as error:                      # broken bytes make Pillow's decoders raise nearly anything
         raise InputError(f"{path}: cannot be read as a picture ({one_line(error)})") from None
+
+
+@functools.lru_cache(maxsize=1)
+def formats():
+    """Those of EXTENSIONS that this Pillow reads. No others, whatever a file is called: Pillow gives EPS to a program."""
+    Image.init()
+    return [name for name in ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA") if name in Image.OPEN]
 
 
 def fit(image, res):
@@ -596,8 +611,15 @@ class Packed:
 
     @property
     def files(self):
-        with open(os.path.join(self.path, "files.txt"), encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        path = os.path.join(self.path, "files.txt")
+        try:
+            with open(path, encoding="utf-8") as file:
+                names = [json.loads(line) for line in file]
+            if len(names) != len(self) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{len(names)} lines for {len(self)} pictures")
+            return names
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not written by data.py pack ({one_line(error)})") from None
 
     def __len__(self):
         return len(self.labels)
@@ -622,8 +644,10 @@ def read_manifest(path):
             raise ValueError(f"format {manifest['format']!r}")
         kinds = dict(count=int, res=int, class_names=list, complete=bool, shards=list, listing_sha256=str)
         wrong = [key for key, kind in kinds.items() if not isinstance(manifest[key], kind)]
-        wrong += [f"shards[{i}]" for i, shard in enumerate(manifest["shards"])
-                  if os.path.basename(shard["file"]) != shard["file"] or not isinstance(shard["count"], int)]
+        wrong += [f"shards[{i}]" for i, shard in enumerate(manifest["shards"]) if shard["file"] != shard_name(i)
+                  or not isinstance(shard["count"], int) or shard["count"] < 1
+                  or not all(isinstance(shard[key], str) for key in ("sha256", "source_sha256"))]
+        wrong += ["class_names"] * (not all(isinstance(name, str) for name in manifest["class_names"]))
         if wrong:
             raise ValueError(f"wrong entries for {', '.join(wrong)}")
         return manifest
@@ -683,8 +707,8 @@ class Npz:
         if names is None:
             present, labels = np.unique(labels, return_inverse=True)
             return [str(value) for value in present], labels.astype(np.int64)
-        if names.dtype.kind != "U" or names.ndim != 1:
-            raise InputError(f"{path}: `label_names` is {names.dtype} {names.shape}; expected strings (K,)")
+        if names.dtype.kind != "U" or names.ndim != 1 or len(set(names.tolist())) < len(names):
+            raise InputError(f"{path}: `label_names` is {names.dtype} {names.shape}; expected strings (K,), each once")
         if labels.min() < 0 or labels.max() >= len(names):
             raise InputError(f"{path}: `labels` run from {labels.min()} to {labels.max()}; "
                              f"expected 0 to {len(names) - 1}, one per entry of `label_names`")
@@ -714,6 +738,8 @@ def read_npz(path, keys):
             for key in keys:
                 if key in archive.files:
                     arrays[key] = archive[key]
+                    if not isinstance(arrays[key], np.ndarray):
+                        raise ValueError("it is no array")
             return arrays
     except InputError:
         raise
@@ -722,9 +748,7 @@ def read_npz(path, keys):
         raise InputError(f"{path}: {what}; expected an .npz of plain arrays ({one_line(error)})") from None
 
 
-# what np.load and the archive's members raise for missing, foreign, cut and pickled files
-BROKEN_ARRAY = (OSError, ValueError, EOFError, TypeError, SyntaxError, NotImplementedError, RuntimeError, zlib.error,
-                zipfile.BadZipFile, pickle.UnpicklingError, tokenize.TokenError, OverflowError, MemoryError)
+BROKEN_ARRAY = Exception      # what np.load and the members of archives raise for foreign, cut and hostile bytes: nearly anything
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -796,7 +820,9 @@ class ShapeNet:
                     clouds = sorted(file for file in names if file.endswith(".npy") and not file.startswith("."))
                     self.files += [os.path.join(folder, file) for file in clouds]
                 self.labels += [label if labels else 0] * len(clouds)
-        except (OSError, KeyError, TypeError, AttributeError) as error:
+        except InputError:
+            raise
+        except Exception as error:                    # h5py raises nearly anything for a broken file
             raise InputError(f"{path}: cannot be read ({one_line(error)}); expected {self.needs}") from None
         if not self.files:
             raise EmptySplit(f"{path}: no cloud for split {split}; expected {self.needs}")
@@ -819,13 +845,7 @@ class ShapeNet:
 
     def stored(self, i):
         """All points of shape i as stored: floats (n,3), n >= P, read-only."""
-        try:
-            cloud = np.load(self.files[i], mmap_mode="r", allow_pickle=False) if self.arrays is None else self.arrays[i]
-        except BROKEN_ARRAY as error:
-            raise InputError(f"cannot be read; expected a plain .npy array ({one_line(error)})") from None
-        if not isinstance(cloud, np.ndarray) or cloud.ndim != 2 or cloud.shape[1] != 3 or cloud.dtype.kind != "f":
-            found = f"{cloud.dtype} {cloud.shape}" if isinstance(cloud, np.ndarray) else "an .npz archive"
-            raise InputError(f"found {found}; expected floats (n,3)")
+        cloud = read_cloud(self.files[i]) if self.arrays is None else cloud_of(self.arrays[i])
         if len(cloud) < self.points:
             raise InputError(f"found {len(cloud)} points; expected at least the {self.points} asked for")
         return cloud
@@ -843,6 +863,24 @@ class ShapeNet:
             return cloud[rng.choice(len(cloud), self.points, replace=False)], self.labels[i]
         start = self.SET_ASIDE if len(cloud) >= self.SET_ASIDE + self.points else 0
         return cloud[start:start + self.points].copy(), self.labels[i]
+
+
+def read_cloud(path):
+    """A cloud in a .npy file: floats (n,3), memory-mapped. The text of an InputError does not name the path."""
+    try:
+        return cloud_of(np.load(path, mmap_mode="r", allow_pickle=False))
+    except InputError:
+        raise
+    except BROKEN_ARRAY as error:
+        raise InputError(f"cannot be read; expected a plain .npy array ({one_line(error)})") from None
+
+
+def cloud_of(array):
+    """The array, if it is floats (n,3)."""
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] != 3 or array.dtype.kind != "f":
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an .npz archive"
+        raise InputError(f"found {found}; expected floats (n,3)")
+    return array
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1430,8 +1468,8 @@ class Task(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             return self.function(self.items[i])
-        except InputError as error:
-            return error
+        except (InputError, OSError, MemoryError) as error:            # of a worker they would come wrapped in its traceback
+            return error if isinstance(error, InputError) else InputError(message(error))
 
 
 def as_is(x):
@@ -1476,35 +1514,42 @@ def pack(args):
     bytes depend on the source alone (and on Pillow's decoders), never on interruptions or processes."""
     if is_packed(args.src):
         raise InputError(f"{args.src}: packed already; expected pictures")
+    if os.path.realpath(args.dst).startswith(os.path.join(os.path.realpath(args.src), "")):
+        raise InputError(f"{args.dst}: lies in {args.src}; expected a directory beside it")
     source = Folder(args.src, args.res, labels=not args.no_labels)
     listing = dict(format=PACKED_FORMAT, res=args.res, count=len(source), class_names=source.class_names,
                    crop="ADM's center_crop_arr: halved by box filter while twice too large, bicubic to size, centre crop",
-                   listing_sha256=hashlib.sha256(json.dumps([source.names, source.labels]).encode()).hexdigest(),
-                   pillow=PIL.__version__)
+                   listing_sha256=listing_sha256(source.names, source.labels), pillow=PIL.__version__)
+    if os.path.isdir(args.dst) and os.listdir(args.dst) and not is_packed(args.dst) and LOCK not in os.listdir(args.dst):
+        raise InputError(f"{args.dst}: not empty; expected a new directory, or one that data.py pack began")
+    os.makedirs(args.dst, exist_ok=True)
+    with only_one(args.dst):
+        pack_alone(args, source, listing)
+
+
+def pack_alone(args, source, listing):
+    at = lambda name: os.path.join(args.dst, name)
+    size = max(1, SHARD // (3 * args.res ** 2))
+    manifest = dict(listing, shards=[], source_sha256=None, complete=False)
     if is_packed(args.dst):
         there = read_manifest(args.dst)
         differ = [key for key, value in listing.items() if there.get(key) != value]
         if differ:
             raise InputError(f"{args.dst}: holds a packed set of another {', '.join(differ)}; give another directory")
-    elif os.path.isdir(args.dst) and os.listdir(args.dst):
-        raise InputError(f"{args.dst}: not empty; expected a new directory, or one that data.py pack began")
-    os.makedirs(args.dst, exist_ok=True)
-    at = lambda name: os.path.join(args.dst, name)
-    if not is_packed(args.dst):
-        write_json(at("manifest.json"), dict(listing, shards=[], source_sha256=None, complete=False))
-    for name, write in (("labels.npy", lambda file: np.save(file, np.array(source.labels, np.int64))),
-                        ("files.txt", lambda file: file.writelines(json.dumps(name).encode() + b"\n" for name in source.names))):
-        if not os.path.exists(at(name)):
-            write_atomic(at(name), write)
-    lock = only_one(at("files.txt"))
-    manifest = read_manifest(args.dst)
-    size, begun = max(1, SHARD // (3 * args.res ** 2)), sum(shard["count"] for shard in manifest["shards"])
+        for i, shard in enumerate(whole_shards(args, there, size)):
+            manifest["shards"].append(shard)
+        if len(manifest["shards"]) < len(there["shards"]):
+            print(f"{there['shards'][len(manifest['shards'])]['file']}: damaged, packed again from there on")
+    write_json(at("manifest.json"), manifest)
+    write_atomic(at("labels.npy"), lambda file: np.save(file, np.array(source.labels, np.int64)))
+    write_atomic(at("files.txt"), lambda file: file.writelines(json.dumps(name).encode() + b"\n" for name in source.names))
+    begun = sum(shard["count"] for shard in manifest["shards"])
     if begun:
         print(f"{begun} of {len(source)} pictures are in {args.dst} already")
     results = in_parallel(functools.partial(packed_picture, source), range(begun, len(source)), args.workers, "picture")
     for start in range(begun, len(source), size):
         count = min(size, len(source) - start)
-        shard = dict(file=f"pictures-{start // size:05d}.npy", count=count, sha256=None, source_sha256=None)
+        shard = dict(file=shard_name(start // size), count=count, sha256=None, source_sha256=None)
         of_source, of_file = hashlib.sha256(), hashlib.sha256()
 
         def write(file):
@@ -1512,7 +1557,10 @@ def pack(args):
                 if bytes_of is None:
                     result = next(results)
                     if isinstance(result, InputError):
-                        raise result
+                        if not manifest["shards"]:                     # nothing of worth is there yet
+                            for name in ("manifest.json", "labels.npy", "files.txt"):
+                                os.remove(at(name))
+                        raise InputError(f"{result}; data.py check lists all such files")
                     digest, bytes_of = result
                     of_source.update(digest)
                 of_file.update(bytes_of)
@@ -1525,23 +1573,72 @@ def pack(args):
     digest = hashlib.sha256("".join(shard["source_sha256"] for shard in manifest["shards"]).encode()).hexdigest()
     manifest.update(source_sha256=digest, complete=True)
     write_json(at("manifest.json"), manifest)
-    lock.close()
     total = sum(os.path.getsize(at(name)) for name in os.listdir(args.dst))
     print(f"{len(source)} pictures of {len(source.class_names) or 'no'} classes at {args.res} x {args.res} in {args.dst}: "
           f"{len(manifest['shards'])} files, {total / 1e9:.2f} GB; train with --data {args.dst} --res {args.res}")
 
 
-def only_one(path):
-    """Locks a file for this process alone (its forked workers do not hold the lock) until the returned file is closed."""
-    file = open(path, "a+b")
-    try:
-        import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise InputError(f"{os.path.dirname(path)}: another process is writing it") from None
-    except (ImportError, OSError) as error:           # no such locks on this system, or not on its shared file system
-        print(f"{path}: cannot be locked ({one_line(error)}); see to it that nothing else writes there", file=sys.stderr)
-    return file
+def listing_sha256(names, labels):
+    return hashlib.sha256(json.dumps([names, labels]).encode()).hexdigest()
+
+
+def shard_name(i):
+    return f"pictures-{i:05d}.npy"
+
+
+def whole_shards(args, manifest, size):
+    """Those of a manifest's shards, from the first on, that are whole: what comes after a damaged one is packed anew."""
+    digests = in_parallel(functools.partial(shard_sha256, args.dst), manifest["shards"], args.workers, "file")
+    left = manifest["count"]
+    for i, (shard, digest) in enumerate(zip(manifest["shards"], digests)):
+        if shard["count"] != min(size, left) or digest != shard["sha256"]:
+            return
+        left -= shard["count"]
+        yield shard
+
+
+def shard_sha256(path, shard):
+    """SHA-256 of a shard's file, None where it is gone."""
+    path = os.path.join(path, shard["file"])
+    return file_sha256(path) if os.path.isfile(path) else None
+
+
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def only_one(directory):
+    """Locks a directory for this process alone (its forked workers do not hold the lock), by a file in it that says who has it.
+
+    Raises InputError where another process has it."""
+    path = os.path.join(directory, LOCK)
+    while True:
+        file = open(path, "a+b")
+        try:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read(200).decode("utf-8", "replace").strip()
+            file.close()
+            raise InputError(f"{directory}: another process writes it ({holder or 'it has the lock'}); wait for its end, "
+                             f"or give another directory") from None
+        except (ImportError, OSError) as error:       # no such locks on this system, or not on its shared file system
+            print(f"{path}: cannot be locked ({one_line(error)}); see to it that nothing else writes there", file=sys.stderr)
+        if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            break
+        file.close()                                  # the one before us has just removed it
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        file.flush()
+        try:
+            yield
+        finally:
+            if os.path.exists(path):
+                os.remove(path)
+            with contextlib.suppress(OSError):        # where nothing was written
+                os.rmdir(directory)
 
 
 def header(shape):
@@ -1563,7 +1660,7 @@ def picture_bytes(path, name):
             return archive(path, os.getpid())[1](name)
         with open(os.path.join(path, name), "rb") as file:
             return file.read()
-    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+    except Exception as error:                      # broken archives raise nearly anything
         raise InputError(f"{os.path.join(path, name)}: cannot be read ({one_line(error)})") from None
 
 
@@ -1578,8 +1675,11 @@ def check(args):
         wrong[what] += 1
         tqdm.write(printable(f"{what}: {text}"))
     if is_packed(args.path):
-        shards = read_manifest(args.path)["shards"]
-        found = in_parallel(file_sha256, [os.path.join(args.path, shard["file"]) for shard in shards], args.workers, "file")
+        manifest = read_manifest(args.path)
+        shards = manifest["shards"]
+        if listing_sha256(names, Packed(args.path).labels.tolist()) != manifest["listing_sha256"]:
+            say("damaged", "labels.npy or files.txt: not those that were packed; pack it again")
+        found = in_parallel(functools.partial(shard_sha256, args.path), shards, args.workers, "file")
         for digest, shard in zip(found, shards):
             if digest != shard["sha256"]:
                 say("damaged", f"{shard['file']}: its SHA-256 is not that of manifest.json; pack it again")
@@ -1676,6 +1776,8 @@ def mesh_jobs(args):
     """The surfaces of SRC as (source, split, class, name): files of a directory, or the solids, `solids:SPLIT`."""
     kind, _, split = args.src.partition(":")
     if kind == "solids" and not os.path.exists(args.src):
+        if args.splits or args.val:
+            raise InputError(f"{args.src}: has its split in its name; --splits and --val are for directories of meshes")
         solids, split = Solids(1, split or "train"), split or "train"
         return [((split, i), split, solids.class_names[i % len(solids.class_names)], f"{i:06d}") for i in range(args.n or 1)]
     if not 0 <= args.val <= 1:
@@ -1708,7 +1810,7 @@ def read_splits(path):
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return {row["modelId"]: row["split"] for row in csv.DictReader(file) if split_code(row["split"]) is not None}
-    except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
+    except (OSError, KeyError, csv.Error, ValueError) as error:
         raise InputError(f"--splits {path}: expected a table with the columns modelId and split ({one_line(error)})") from None
 
 
@@ -1719,14 +1821,33 @@ def surface(source):
 
 def points_of(triangles, count, job):
     """Points uniform by area, drawn by a generator of the job's split, class and name alone."""
-    return on_surface(triangles, np.random.default_rng((SURFACE, *os.fsencode("/".join(job[1:])))).random((count, 3)))
+    with np.errstate(over="ignore"):
+        cloud = on_surface(triangles, np.random.default_rng((SURFACE, *os.fsencode("/".join(job[1:])))).random((count, 3)))
+    if not np.isfinite(cloud).all() or count > 1 and not np.ptp(cloud, 0).any():
+        raise InputError(f"{job[0]}: its coordinates are too large or too small for float32; expected a surface in other units")
+    return cloud
+
+
+def there_already(path, count, size=None):
+    """Whether a cloud is there; raises InputError where it is of another count, or the view beside it of another size."""
+    if not os.path.exists(path):
+        return False
+    try:
+        found = len(read_cloud(path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}; delete it, or give another directory") from None
+    if found != count:
+        raise InputError(f"{path}: has {found} points; expected {count}, or another directory")
+    if size and (found := read_image(path.removesuffix(".npy") + "-0.png").size[0]) != size:
+        raise InputError(f"{path}: its views are of {found} pixels; expected {size}, or another directory")
+    return True
 
 
 def sample_mesh(job, dst, count):
     """Writes dst/class/split/name.npy, float32 (count,3), in the units of the mesh, or says that it is there already."""
     _, split, kind, name = job
     path = os.path.join(dst, kind, split, name + ".npy")
-    if os.path.exists(path):
+    if there_already(path, count):
         return "there"
     cloud = points_of(surface(job[0])[0], count, job)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -1737,7 +1858,7 @@ def render_mesh(job, dst, count, size):
     """Writes dst/split/class/name-0.png, -1.png and the cloud name.npy, float32 (count,3), in [-1,1]; the cloud last."""
     source, split, kind, name = job
     stem = os.path.join(dst, split, kind, name)
-    if os.path.exists(stem + ".npy"):
+    if there_already(stem + ".npy", count, size):
         return "there"
     triangles, colours = surface(source)
     triangles = normalise(triangles.reshape(-1, 3))[0].astype(np.float64).reshape(-1, 3, 3)
@@ -1750,19 +1871,21 @@ def render_mesh(job, dst, count, size):
 
 def over_meshes(task, args, **options):
     """Runs a task over the meshes of SRC; those that cannot be read end the run, or with --skip-bad are listed."""
-    jobs, bad, there = mesh_jobs(args), 0, 0
+    jobs, kinds, there = mesh_jobs(args), collections.Counter(), 0
     os.makedirs(args.dst, exist_ok=True)
-    for result in in_parallel(functools.partial(task, dst=args.dst, count=args.points, **options), jobs, args.workers, "mesh"):
-        if isinstance(result, InputError):
-            if not args.skip_bad:
+    with only_one(args.dst):
+        results = in_parallel(functools.partial(task, dst=args.dst, count=args.points, **options), jobs, args.workers, "mesh")
+        for result, (_, split, kind, _) in zip(results, jobs):
+            if not isinstance(result, InputError):
+                kinds[kind, split] += 1
+                there += result == "there"
+            elif args.skip_bad:
+                tqdm.write(f"left out: {result}")
+            else:
                 raise InputError(f"{result}; what is done is kept, --skip-bad leaves such files out")
-            bad += 1
-            tqdm.write(f"left out: {result}")
-        there += result == "there"
-    kinds = collections.Counter((kind, split) for _, split, kind, _ in jobs)
     for (kind, split), count in sorted(kinds.items()):
         print(f"{printable(kind)}{f' ({CATEGORIES[kind]})' if kind in CATEGORIES else ''} {split}: {count}")
-    print(f"{len(jobs) - bad} of {len(jobs)} meshes in {args.dst}" + (f", {there} of them were there already" if there else f", {args.points} points each"))
+    print(f"{kinds.total()} of {len(jobs)} meshes in {args.dst}" + (f", {there} of them were there already" if there else f", {args.points} points each"))
 
 
 def sample_meshes(args):
@@ -1777,9 +1900,11 @@ def views_of(stem, size):
     """The views and the cloud that `render` wrote."""
     views = read_views([f"{stem}-{i}.png" for i in range(len(EYES))], size)
     try:
-        return views, np.load(stem + ".npy", allow_pickle=False)
-    except BROKEN_ARRAY as error:
-        raise InputError(f"{stem}.npy: cannot be read ({one_line(error)}); expected what data.py render wrote") from None
+        cloud = np.array(read_cloud(stem + ".npy"))
+        normalise(cloud)
+        return views, cloud
+    except InputError as error:
+        raise InputError(f"{stem}.npy: {error}; expected what data.py render wrote") from None
 
 
 def tokens(args):
@@ -1789,20 +1914,25 @@ def tokens(args):
     stems = [file.removesuffix("-0.png") for file in find_files(args.src, {".png"}) if file.endswith("-0.png")]
     if not stems:
         raise InputError(f"{args.src}: no views in it; expected the directory that data.py render wrote")
+    for flag, value, default in (("weights", args.weights, None), ("device", args.device, "cpu")):
+        if args.features == "patches" and value != default:
+            raise InputError(f"--{flag} {value}: does not apply to --features patches")
     extract, digest = FEATURES[args.features](args.weights, args.device)
     spec = dict(features=args.features, size=args.size, views=len(EYES), weights_sha256=digest)
     if (there := read_spec(args.dst)) not in (None, spec):
         raise InputError(f"{args.dst}: holds tokens of another setting ({there}); give another directory")
     os.makedirs(args.dst, exist_ok=True)
-    write_json(os.path.join(args.dst, "tokens.json"), spec)
-    out = {stem: os.path.join(args.dst, os.path.relpath(stem, args.src)) + ".npz" for stem in stems}
-    todo = [stem for stem in stems if not os.path.exists(out[stem])]
-    for result, stem in zip(in_parallel(functools.partial(views_of, size=args.size), todo, args.workers, "object"), todo):
-        if isinstance(result, InputError):
-            raise result
-        found = picture_tokens(result[0], extract).astype(np.float16)
-        os.makedirs(os.path.dirname(out[stem]), exist_ok=True)
-        write_atomic(out[stem], lambda file: np.savez(file, xyz=result[1], cond_token=found))
+    with only_one(args.dst):
+        out = {stem: os.path.join(args.dst, os.path.relpath(stem, args.src)) + ".npz" for stem in stems}
+        todo = [stem for stem in stems if not os.path.exists(out[stem])]
+        for result, stem in zip(in_parallel(functools.partial(views_of, size=args.size), todo, args.workers, "object"), todo):
+            if isinstance(result, InputError):
+                raise result
+            if there is None:
+                write_json(os.path.join(args.dst, "tokens.json"), there := spec)
+            found = picture_tokens(result[0], extract).astype(np.float16)
+            os.makedirs(os.path.dirname(out[stem]), exist_ok=True)
+            write_atomic(out[stem], lambda file: np.savez(file, xyz=result[1], cond_token=found))
     print(f"{len(stems)} objects in {args.dst}{f' ({len(stems) - len(todo)} were there)' if len(todo) < len(stems) else ''}: {args.features}, {len(EYES)} views of {(args.size // PATCH) ** 2} tokens each")
 
 
@@ -1814,6 +1944,11 @@ def parser():
             return int(text)
         return number
 
+    def directory(text):
+        if not text or os.path.exists(text) and not os.path.isdir(text):
+            raise argparse.ArgumentTypeError(f"expected a directory to write, not {text!r}")
+        return text
+
     p = argparse.ArgumentParser(prog="data.py", description="Makes sets ready once, ahead of training.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1822,7 +1957,7 @@ def parser():
         c = commands.add_parser(name, help=help, description=help)
         c.set_defaults(run=run)
         for path, what in paths:
-            c.add_argument(path, help=what)
+            c.add_argument(path, help=what, type=directory if path == "dst" else str)
         c.add_argument("--workers", type=at_least(0), default=cores, help=f"processes (default: one a core, {cores})")
         return c
 
@@ -1831,7 +1966,7 @@ def parser():
                 ("dst", "directory to write; a run that was interrupted goes on"))
     c.add_argument("--res", type=at_least(1), required=True, help="side of the packed pictures")
     c.add_argument("--no-labels", action="store_true", help="sub-directories are no classes (those of FFHQ)")
-    c = command("check", check, "list unreadable, duplicate and wrong-size files of any set, and count its classes",
+    c = command("check", check, "list unreadable, duplicate and wrong-size files of any set, and count its classes; status 1 where there are any",
                 ("path", "directory, .zip, lmdb or packed set of pictures; clouds as --dataset shapenet or objaverse reads them"))
     c.add_argument("--least", type=at_least(1), metavar="N", help="wrong is a picture whose shorter side is below N pixels, or a cloud "
                    "of fewer points (default: another size than 90 %% have)")
@@ -1872,7 +2007,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (InputError, OSError, MemoryError) as problem:
-        print(f"data.py: {message(problem)}", file=sys.stderr)
+        tqdm.write(f"data.py: {message(problem)}", file=sys.stderr)     # on a line of its own, also beside a progress bar
         sys.exit(2)
     except KeyboardInterrupt:
         print("data.py: interrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -20,10 +20,9 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -135,9 +134,9 @@ DEFAULTS = dict(dataset="glyphs", data=None, category="all", res=None, points=No
 SCHEDULES = {"constant": lambda progress: 1.0, "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress)}
 
 
-def settings(argv=None):
+def settings(argv=None, held=None):
     """Flags over the resumed run's settings over the recipe: a namespace, the flags given, the checkpoint to resume (or
-    None), and the lock on the run directory where there is one already (or None)."""
+    None), and whether the run directory was there and is locked now, in the ExitStack `held` (None: it is not locked)."""
     given = {k: v for k, v in vars(parser().parse_args(argv)).items() if v is not None}
     resume, ckpt = given.get("resume"), None
     out = Path(given.get("out") or f"runs/{given.get('dataset', 'glyphs')}")
@@ -151,7 +150,9 @@ def settings(argv=None):
     if "plan" not in given and checkpoints(out) and (source is None or source.resolve() != out.resolve()):
         raise InputError(f"{out} holds a run already: continue it with --resume auto, or give another --out")
     # before the checkpoint is read: a run that ends just now may be about to write a later one
-    lock = one_training(out) if RANK == 0 and "plan" not in given and out.is_dir() else None
+    locked = held is not None and RANK == 0 and "plan" not in given and out.is_dir()
+    if locked:
+        held.enter_context(data.only_one(out))
     if resume is not None:
         ckpt = read_checkpoint(resume)
         if "optimizer" not in ckpt:
@@ -171,7 +172,7 @@ def settings(argv=None):
                             ("guidance", 0, 1e3), ("seed", 0, 2 ** 62), ("utilisation", 1e-3, 1)):
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name} {getattr(args, name)}: expected a number between {low:g} and {high:g}")
-    return args, given, ckpt, lock
+    return args, given, ckpt, locked
 
 
 def same_data(ckpt, dataset):
@@ -196,19 +197,6 @@ def stored_settings(ckpt):
         if not isinstance(value, (int, float) if kind is float else kind) or flag.choices and value not in flag.choices:
             raise InputError(f"{ckpt['file'].name}: its setting {name} is {value!r:.60}, which --{name.replace('_', '-')} does not take")
     return {name: stored[name] for name in stored if name in flags}
-
-
-def one_training(out):
-    """Locks a run directory. Raises InputError where another training has it."""
-    path = out / "lock"
-    try:
-        lock = data.only_one(path)
-    except InputError:
-        raise InputError(f"{out}: another training writes it ({path.read_text().strip()}); wait for its end, or give another --out") from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    lock.flush()
-    return lock
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -465,9 +453,15 @@ H100_FLOPS = 989e12               # dense bfloat16, NVIDIA's data sheet of the S
 
 
 def main(argv=None):
-    args, given, ckpt, lock = settings(argv)
-    if args.plan:
-        return plan(args)
+    with ExitStack() as held:                                          # the lock on the run directory
+        args, given, ckpt, locked = settings(argv, held)
+        if args.plan:
+            plan(args)
+        else:
+            run(args, given, ckpt, locked, held)
+
+
+def run(args, given, ckpt, locked, held):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # cuBLAS asks for it, before its first product
         torch.use_deterministic_algorithms(True)
@@ -514,7 +508,8 @@ def main(argv=None):
     records = []
     if RANK == 0:
         make_directory(out, "--out")
-        lock = lock or one_training(out)
+        if not locked:
+            held.enter_context(data.only_one(out))
         for unfinished in out.glob("*.tmp"):                           # of a run that was killed while it wrote
             unfinished.unlink()
         records = read_log(out / "log.jsonl", step) if ckpt else []    # forget what was logged after the checkpoint
@@ -638,8 +633,6 @@ def main(argv=None):
         del net                        # it holds the process group in a cycle of references: left to the interpreter's
         gc.collect()                   # exit, the group's threads may still run when their objects are destroyed
         dist.destroy_process_group()
-    if lock:
-        lock.close()
 
 
 def load_optimizer(optimizer, state, path):

@@ -572,7 +572,7 @@ def test_a_second_training_of_the_same_run_refuses(tmp_path):
     chaos.until(lambda: (out / "log.jsonl").exists() and len(log(out)) > 2, first)
     for more in (["--resume", "auto"], []):
         _, err = finished(start([ROOT / "train.py", *flags, "--steps", 5, "--out", out, *more]), status=2)
-        assert err.count("\n") == 1 and (f"another training writes it (process {first.pid} on " in err or "holds a run already" in err), err
+        assert err.count("\n") == 1 and (f"another process writes it (process {first.pid} on " in err or "holds a run already" in err), err
     assert first.poll() is None
     first.kill()
     first.wait()

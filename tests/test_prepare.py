@@ -712,3 +712,110 @@ def test_dinov2_features_all_the_way(objects, tmp_path):
     refused("SHA-256", call=lambda: sample.main([*flags, "--features-weights", str(tmp_path / "dinov2_0_pretrain.pth")]))
     refused("expected one file", call=lambda: sample.main([*flags, "--features-weights", str(tmp_path)]))
     assert clouds(sample.main([*flags, "--features-weights", str(weights)])).shape == (1, 64, 3)
+
+
+# --- what was broken before, or while something ran
+
+def test_pack_again_mends_what_is_damaged(imagenet, tmp_path, monkeypatch, capsys):
+    """If packing again took damaged files for good ones, or check did not see them."""
+    monkeypatch.setattr(data, "SHARD", 16 * 16 * 3 * 6)
+    run("pack", imagenet, tmp_path / "good", "--res", 16)
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "good").iterdir()}
+    assert len(whole) == 7 and "lock" not in whole
+    labels = np.load(tmp_path / "good" / "labels.npy")
+    manifest = json.loads(whole["manifest.json"])
+    twice = dict(manifest, shards=[manifest["shards"][0], manifest["shards"][0], *manifest["shards"][2:]])
+
+    def saved(array):
+        np.save(tmp_path / "x.npy", array)
+        return (tmp_path / "x.npy").read_bytes()
+    damage = {"pictures-00001.npy": [None, whole["pictures-00001.npy"][:-9], whole["pictures-00001.npy"][:-9] + b"123456789"],
+              "labels.npy": [saved(1 - labels.clip(0, 1)), saved(labels - 1), b"", None],
+              "files.txt": [b'"one"\n', b"[1]\n" * 22, b"\xff\xfe", None]}
+    for name, contents in damage.items():
+        for content in contents:
+            shutil.rmtree(tmp_path / "set", ignore_errors=True)
+            shutil.copytree(tmp_path / "good", tmp_path / "set")
+            (tmp_path / "set" / name).unlink()
+            if content is not None:
+                (tmp_path / "set" / name).write_bytes(content)
+            try:
+                assert run("check", tmp_path / "set") == 1 and "damaged: " in capsys.readouterr().out
+            except data.InputError as error:
+                assert name in str(error) or "its files hold" in str(error) or "pictures-00001.npy" in str(error)
+            run("pack", imagenet, tmp_path / "set", "--res", 16)
+            assert {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()} == whole, (name, content)
+            assert ("packed again from there" in capsys.readouterr().out) == (name[:4] == "pict")
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(twice))
+    refused("manifest.json", r"shards[1]", call=lambda: run("check", tmp_path / "set"))
+
+
+def test_archives_that_are_cut_off_or_damaged(tmp_path):
+    """If a download that stopped ended the process (a map is read beyond the file), or an exception of a codec came through."""
+    lmdb = pytest.importorskip("lmdb")
+    base = tmp_path / "base"
+    with lmdb.open(str(base), map_size=2 ** 24) as env, env.begin(write=True) as txn:
+        for i in range(40):
+            draw(tmp_path / "x.png", i)
+            txn.put(f"{i:04}".encode(), (tmp_path / "x.png").read_bytes())
+    (base / "data.mdb").write_bytes((base / "data.mdb").read_bytes()[:-4096])
+    code, _, error = command("check", base, "--workers", 0)
+    assert code == 2 and "data.mdb has" in error and "cut off" in error and error.count("\n") == 1
+    for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
+        draw(tmp_path / "x.png", 5)
+        with zipfile.ZipFile(tmp_path / "set.zip", "w", method) as archive:
+            archive.write(tmp_path / "x.png", "a/1.png")
+        raw = bytearray((tmp_path / "set.zip").read_bytes())
+        raw[60:80] = bytes(255 - b for b in raw[60:80])
+        (tmp_path / "set.zip").write_bytes(raw)
+        code, out, _ = command("check", tmp_path / "set.zip", "--workers", 1)
+        assert code == 1 and "unreadable: " in out and "a/1.png" in out
+
+
+def test_no_format_that_pillow_gives_to_a_program(tmp_path):
+    """If PostScript were run because a file is called .png."""
+    from PIL import EpsImagePlugin
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png", format="EPS")
+    assert Image.open(tmp_path / "x.png").format == "EPS" and EpsImagePlugin
+    refused("x.png", "not one of JPEG", call=lambda: data.read_image(tmp_path / "x.png"))
+    known = {Image.registered_extensions()[suffix] for suffix in data.EXTENSIONS if suffix in Image.registered_extensions()}
+    assert {"MPO" if name == "JPEG" else name for name in known} <= {*data.formats(), "MPO"}
+
+
+def test_clouds_that_are_none_do_not_become_objects(objects, tmp_path, capsys):
+    """If tokens were written beside clouds that no training reads, or hung on a file of another kind."""
+    for what, array in (("(5, 7)", np.zeros((5, 7))), ("not finite", np.full((50, 3), np.nan)), ("int64", np.zeros((50, 3), int)), ("an .npz", None)):
+        shutil.rmtree(tmp_path / "views", ignore_errors=True)
+        shutil.copytree(objects / "views", tmp_path / "views")
+        with open(tmp_path / "views" / "train" / "chair" / "000001.npy", "wb") as file:
+            np.save(file, array) if array is not None else np.savez(file, np.zeros(3))
+        refused("000001.npy", what, call=lambda: run("tokens", tmp_path / "views", tmp_path / "set", "--features", "patches", "--size", 28))
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+    refused("--weights", call=lambda: run("tokens", objects / "views", tmp_path / "set", "--features", "patches", "--weights", "x"))
+    refused("has 600 points; expected 50", call=lambda: run("render", "solids:train", objects / "views", "--n", 2, "--size", 56, "--points", 50))
+    refused("of 56 pixels; expected 64", call=lambda: run("render", "solids:train", objects / "views", "--n", 2, "--size", 64, "--points", 600))
+    refused("--val", call=lambda: run("sample-meshes", "solids", tmp_path / "c", "--val", 0.5))
+    for scale in ("1e39", "1e-50"):
+        (tmp_path / "mesh").mkdir(exist_ok=True)
+        (tmp_path / "mesh" / "a.obj").write_text(f"v 0 0 0\nv {scale} 0 0\nv 0 {scale} 0\nf 1 2 3\n")
+        refused("a.obj", call=lambda: run("sample-meshes", tmp_path / "mesh", tmp_path / "c", "--points", 9))
+    capsys.readouterr()
+    run("sample-meshes", tmp_path / "mesh", tmp_path / "c", "--points", 9, "--skip-bad")
+    assert "0 of 1 meshes" in capsys.readouterr().out and not (tmp_path / "c").exists()
+
+
+def test_two_that_write_one_directory(tmp_path):
+    """If two processes wrote the same files, or a killed one kept others out."""
+    with data.only_one(str(tmp_path)):
+        for words in (("pack", tmp_path, tmp_path, "--res", 8), ("render", "solids:train", tmp_path, "--n", 2), ("sample-meshes", "solids:train", tmp_path)):
+            code, _, error = command(*words)
+            assert code == 2 and ("another process writes it (process " in error or words[0] == "pack") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir()) if tmp_path.exists() else True
+
+
+def test_errors_of_workers_are_one_line(tmp_path):
+    """If a full disk or memory in a data process came as its traceback."""
+    (tmp_path / "out" / "table" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "table" / "train" / "000000.npy.tmp").symlink_to("/dev/full")
+    code, _, error = command("sample-meshes", "solids:train", tmp_path / "out", "--workers", 1, "--points", 5000)
+    assert code == 2 and "000000.npy: No space left on device" in error and "Traceback" not in error
