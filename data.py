@@ -40,6 +40,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import warnings
 import zipfile
 
@@ -963,13 +964,20 @@ def read_spec(path):
     try:
         with open(path, encoding="utf-8") as file:
             spec = json.load(file)
-        if spec["features"] not in FEATURES or spec["views"] not in (1, 2) or spec["size"] % PATCH or spec["size"] < PATCH:
-            raise ValueError("an entry is out of range")
+        if not is_spec(spec):
+            raise ValueError("an entry is missing or out of range")
         return spec
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not written by data.py tokens ({one_line(error)})") from None
+
+
+def is_spec(spec):
+    """Whether a value is what `python data.py tokens` writes about tokens."""
+    return (isinstance(spec, dict) and spec.get("features") in FEATURES and spec.get("views") in (1, 2)
+            and isinstance(spec.get("size"), int) and spec["size"] >= PATCH and spec["size"] % PATCH == 0
+            and isinstance(spec.get("weights_sha256", 0), (str, type(None))))
 
 
 DATASETS = {"glyphs": Glyphs, "solids": Solids, "folder": Folder, "npz": Npz, "shapenet": ShapeNet, "objaverse": Objaverse}
@@ -1107,7 +1115,8 @@ def unwrap(source, left_out):
 
 def results_of(source):
     """What a DataLoader yields; its processes end with ours, and one that was killed is an InputError."""
-    noticed = source.num_workers and hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD)
+    noticed = (source.num_workers > 0 and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+               and signal.getsignal(signal.SIGCHLD))
     results = iter(source)
     if source.num_workers:      # they ignore SIGTERM, by which Python would end them where an exception leaves them alive
         atexit.register(results._shutdown_workers)
@@ -1609,6 +1618,7 @@ LOCK = "lock"
 @contextlib.contextmanager
 def only_one(directory):
     """Locks a directory for this process alone (its forked workers do not hold the lock), by a file in it that says who has it.
+    Yields a function that says whether it still does: directories can be removed, and made anew by others.
 
     Raises InputError where another process has it."""
     path = os.path.join(directory, LOCK)
@@ -1626,16 +1636,20 @@ def only_one(directory):
         except (ImportError, OSError) as error:       # no such locks on this system, or not on its shared file system
             print(f"{path}: cannot be locked ({one_line(error)}); see to it that nothing else writes there", file=sys.stderr)
         if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            break
-        file.close()                                  # the one before us has just removed it
+            break                                     # else the one before us has just removed it
+        file.close()
+    ours = lambda: os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     with file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        file.flush()
         try:
-            yield
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            file.flush()
+        except OSError as error:                      # a full disk: its lock holds without words
+            print(f"{path}: {message(error)}", file=sys.stderr)
+        try:
+            yield ours
         finally:
-            if os.path.exists(path):
+            if ours():
                 os.remove(path)
             with contextlib.suppress(OSError):        # where nothing was written
                 os.rmdir(directory)

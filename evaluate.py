@@ -14,6 +14,7 @@ and X also a checkpoint or run directory of train.py: its samples are drawn firs
 of the same seeds' samples (Tab. 9). All share the work under torchrun. Alphabet: S items of a set, P points of a cloud, d features of an item.
 """
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
@@ -251,7 +252,7 @@ def array_set(path, array, args, **more):
 def npz_set(path, args):
     known = [k for pair in STATISTICS.values() for k in pair] + ["features", "meta", "n", "arr_0", "images"]
     with data.open_zip(path) as archive:
-        names = [n.removesuffix(".npy") for n in archive.namelist()]
+        names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
     arrays = {k: map_npz(path, k) for k in known if k in names}
     pictures = next((arrays.pop(k) for k in ("arr_0", "images") if k in arrays), None)
     if pictures is None and not arrays:
@@ -285,7 +286,7 @@ def map_npz(path, key):
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(key + ".npy")
     if info.compress_type == zipfile.ZIP_STORED and info.file_size > MAPPED:
-        with open(path, "rb") as f:
+        with open(path, "rb") as f, damage_named(f"{path}: `{key}`"):
             f.seek(info.header_offset + 26)
             f.seek(info.header_offset + 30 + int.from_bytes(f.read(2), "little") + int.from_bytes(f.read(2), "little"))
             start = f.tell()
@@ -298,6 +299,17 @@ def map_npz(path, key):
                     raise InputError(f"{path}: `{key}` is {dtype} {shape}, which its {info.file_size} bytes do not hold")
                 return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
     return data.read_npz(path, (key,))[key]
+
+
+@contextlib.contextmanager
+def damage_named(what):
+    """What NumPy raises for a damaged header, as an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except data.BROKEN_ARRAY as e:
+        raise InputError(f"{what} cannot be read ({data.one_line(e)})") from None
 
 
 def npy_set(path, args):
@@ -347,7 +359,7 @@ def is_checkpoint(source):
     """Whether a path is a run directory of train.py, or one of its checkpoints."""
     path = Path(source)
     if path.is_dir():
-        return (path / "ckpt.pt").is_file()
+        return bool(sample.checkpoints(path))
     if path.suffix == ".pt" and path.is_file():
         content = load_tensors(path)
         return isinstance(content, dict) and {"ema", "config"} <= set(content)
@@ -938,7 +950,8 @@ def upscale(argv):
     common = [word for flag, value in vars(args).items() if flag not in ("fake", "json", "times") and value != given[flag]
               for word in (f"--{flag.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)] * (value is not True)))]
     for arm, words in {"drawn": ["--fake", fine], **{how: ["--fake", coarse, "--enlarge", how] for how in ENLARGE}}.items():
-        print0(f"\n{arm}:")
+        print0()
+        print0(f"{arm}:")
         out = Path(args.json).with_suffix(f".{arm}.json")
         results[arm] = main([*words, *common, "--res", str(res), "--json", str(out)])
     if RANK:
@@ -994,7 +1007,7 @@ def stats(argv):
     if pr:
         arrays["features"] = rows[pr].numpy()
     write_atomic(out, lambda f: np.savez(f, n=real.count, meta=json.dumps(meta), **arrays))
-    print(f"{real.count} pictures of {real.source}, {shape[0]} x {shape[1]}: {', '.join(names)} statistics in {out}")
+    print0(f"{real.count} pictures of {real.source}, {shape[0]} x {shape[1]}: {', '.join(names)} statistics in {out}")
 
 
 if __name__ == "__main__":
@@ -1002,8 +1015,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as e:                                 # InputError, and the ValueErrors of metrics/
-        if RANK == 0 or dist.is_initialized():                         # what concerns every process is said once
-            print(f"evaluate.py: {message(e)}", file=sys.stderr)
-        sys.exit(2)
+        sample.fail("evaluate.py", e)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import signal
 import struct
 import sys
 import time
@@ -45,9 +46,20 @@ from metrics.weights import sha256
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def print0(*words):
+def print0(text="", file=None):
+    """Prints one line, of the first process; what names from outside would do to a terminal is shown instead."""
     if RANK == 0:
-        print(*words, flush=True)
+        print(data.printable(text), file=file, flush=True)
+
+
+def fail(script, error):
+    """Ends the process with status 2 and one line. What concerns every process is said by the first, whose end lets torchrun end
+    the others; what only they know they say a little later."""
+    if RANK > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    print(f"{script}: {message(error)}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def start_processes(device, backend=None):
@@ -107,8 +119,8 @@ def read_checkpoint(path, mmap=False):
         except InputError as e:
             broken.append(str(e))
             continue
-        for problem in broken if RANK == 0 else ():
-            print(f"warning: {problem}; {file} of step {ckpt['step']} is used instead", file=sys.stderr, flush=True)
+        for problem in broken:
+            print0(f"warning: {problem}; {file} of step {ckpt['step']} is used instead", sys.stderr)
         return ckpt
     raise InputError("; ".join(broken) or f"{path}: no checkpoint in it; expected a ckpt.pt written by train.py")
 
@@ -116,6 +128,10 @@ def read_checkpoint(path, mmap=False):
 def read_file(path, mmap):
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; expected a ckpt.pt written by train.py, or its run directory")
+    try:
+        mmap = mmap and bool(os.fspath(path).encode())     # torch maps no file whose name is not text
+    except UnicodeEncodeError:
+        mmap = False
     for mapped in (mmap, mmap, False):
         file = open(path, "rb")
         try:
@@ -133,6 +149,7 @@ def read_file(path, mmap):
         # to be mapped a file is opened anew: training may have put its next checkpoint there
         if not mapped or path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             break
+        file.close()
     config = ckpt.get("config") if isinstance(ckpt, dict) else None
     missing = {"model", "ema", "step", "config"} - set(ckpt if isinstance(ckpt, dict) else ())
     missing |= {"model", "class_names", "path", "settings", "sampling"} - set(config if isinstance(config, dict) else ())
@@ -142,18 +159,25 @@ def read_file(path, mmap):
              (config["sampling"], dict(solver=str, steps=int, guidance=float))]
     wrong = [key for where, expected in kinds for key, kind in expected.items()
              if not isinstance(where.get(key) if isinstance(where, dict) else None, kind)]
+    if not wrong:
+        sampling, items, spec = config["sampling"], config.get("items", 0), config.get("tokens")
+        fine = dict(step=ckpt["step"] >= 0, path=config["path"] in asft.PATHS, class_names=all(isinstance(n, str) for n in config["class_names"]),
+                    items=isinstance(items, int), tokens=spec is None or data.is_spec(spec), solver=sampling["solver"] in SOLVERS,
+                    steps=sampling["steps"] >= 1, guidance=0 <= sampling["guidance"] <= 1e3)
+        wrong = [key for key, value in fine.items() if not value]
     if wrong:
         raise InputError(f"{path}: not a checkpoint of train.py: wrong entries for {', '.join(wrong)}")
     return dict(ckpt, file=file)
 
 
 def same_everywhere(ckpt):
-    """Raises InputError unless all processes hold the checkpoint of one step: training may write while they read."""
+    """Raises InputError unless all processes hold the checkpoint of one step, or none: training may write while they read."""
     if dist.is_initialized():
         steps = [None] * WORLD
-        dist.all_gather_object(steps, ckpt["step"])
+        dist.all_gather_object(steps, ckpt and ckpt["step"])
         if len(set(steps)) > 1:
-            raise InputError(f"{ckpt['file'].name}: replaced while the processes read it (steps {sorted(set(steps))}); start again")
+            raise InputError(f"the processes found checkpoints of different steps ({', '.join(map(str, steps))}): one was written meanwhile, "
+                             f"or they do not see the same directory")
 
 
 def load_model(ckpt, path, weights="ema"):
@@ -161,40 +185,40 @@ def load_model(ckpt, path, weights="ema"):
     state = ckpt["ema" if weights == "ema" else "model"]
     try:
         cfg = asft.Config(**ckpt["config"]["model"])
-        if max(cfg.depth, cfg.levels) > len(state):
-            raise ValueError(f"of depth {cfg.depth} and {cfg.levels} levels, but it holds {len(state)} tensors")
-        with torch.device("meta"):                  # without memory: what the file says need not be what it holds
-            fits(asft.ASFT(cfg), state, path)
-        model = asft.ASFT(cfg)
-        load_weights(model, state, path)
-        return model.eval()
-    except InputError:
-        raise
-    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError, ZeroDivisionError) as e:
+    except TypeError as e:
         raise InputError(f"{path}: the model it describes is not one of model.py ({e})") from e
-
-
-def load_weights(model, state, path):
-    """load_state_dict that ends in one line."""
-    fits(model, state, path)
+    fits(cfg, state, path)
+    model = asft.ASFT(cfg)
     model.load_state_dict(state)
+    return model.eval()
 
 
-def fits(model, state, path):
-    """Raises InputError unless the state is one of this model, in one line: what is missing, unexpected, or of another shape."""
-    own = model.state_dict()
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path}: its weights are not all tensors")
+def fits(cfg, state, path):
+    """Raises InputError unless the state is one of that model, in one line: what is missing, unexpected, or of another shape.
+    What a file says need not be what it holds: the model is built without memory."""
+    try:
+        if max(cfg.depth, cfg.levels, cfg.first_self, cfg.self_layers) > len(state):
+            raise ValueError(f"depth {cfg.depth}, {cfg.levels} levels, but {len(state)} tensors")
+        with torch.device("meta"):
+            own = asft.ASFT(cfg).state_dict()
+    except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as e:
+        raise InputError(f"{path}: the model it describes is not one of model.py ({e})") from e
     wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-              for k in own if k in state and state[k].shape != own[k].shape]
+    wrong += [f"{k} is {what}, expected {tuple(own[k].shape)}" for k in own if k in state and (what := unlike(state[k], own[k].shape))]
     if wrong:
         raise InputError(f"{path}: weights of another model: {len(wrong)} of {len(own)} entries do not fit: "
                          + "; ".join(wrong[:6]) + ("; ..." if len(wrong) > 6 else ""))
 
 
+def unlike(value, shape):
+    """What a value is that is not a plain tensor of real numbers of this shape; None where it is."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu" or not value.is_floating_point():
+        return f"no tensor of real numbers ({type(value).__name__})"
+    return None if value.shape == shape else tuple(value.shape)
+
+
 def newest_run(runs="runs"):
-    found = sorted(Path(runs).glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+    found = sorted(Path(runs).glob("*/ckpt*.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise InputError(f"no checkpoint in {runs}/*/ckpt.pt: train one with `python train.py`, or give --ckpt")
     return found[-1].parent
@@ -525,7 +549,7 @@ def begin_samples(out, record):
             record["n"], record["samples"] = old["n"], old["samples"]
         record["nfe"] = old.get("nfe")
     else:
-        print(f"replacing {len(old['samples'])} samples in {out}")
+        print0(f"replacing {len(old['samples'])} samples in {out}")
         for sample in old["samples"]:
             remove_sample(out, sample["file"])
     write_atomic(out / "samples.json", lambda f: f.write(json.dumps(record, indent=1).encode()))
@@ -944,7 +968,7 @@ def main(argv=None):
     if RANK == 0:
         finish_samples(out, record, args.n, nfe, (crop[3] - crop[1], crop[2] - crop[0]) if image else None, args.npz)
         guided = (names or condition) and setting["guidance"] != 1
-        print(f"{args.n} samples in {time.time() - started:.1f} s, NFE {record['nfe']}"
+        print0(f"{args.n} samples in {time.time() - started:.1f} s, NFE {record['nfe']}"
               f"{' (each guided: two passes)' if guided else ''}, solver {setting['solver']}, "
               f"guidance {setting['guidance']:g}, written to {out}")
     wait_for_all()                                                     # whoever reads the record next finds it finished
@@ -975,9 +999,7 @@ if __name__ == "__main__":
     try:
         main()
     except (InputError, OSError) as e:
-        if RANK == 0 or dist.is_initialized():                         # what concerns every process is said once
-            print(f"sample.py: {message(e)}", file=sys.stderr)
-        sys.exit(2)
+        fail("sample.py", e)
     except KeyboardInterrupt:
         if RANK == 0:
             print("sample.py: interrupted; the same command goes on where it stopped", file=sys.stderr)

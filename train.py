@@ -34,8 +34,9 @@ from tqdm import tqdm
 import data
 import model as asft
 from data import InputError, message, write_atomic
-from sample import (RANK, SOLVERS, WORLD, autocast, checkpoints, generate, generator, grid_picture, load_weights, make_directory,
-                    natural, pick_device, pick_dtype, picture, positive, print0, read_checkpoint, same_everywhere, start_processes)
+from sample import (RANK, SOLVERS, WORLD, autocast, checkpoints, fail, fits, generate, generator, grid_picture, make_directory,
+                    natural, pick_device, pick_dtype, picture, positive, print0, read_checkpoint, same_everywhere, start_processes,
+                    unlike)
 
 # ---------------------------------------------------------------------------------------------------------
 # Recipes: every value is a default that a flag of the same name overrides
@@ -136,23 +137,21 @@ SCHEDULES = {"constant": lambda progress: 1.0, "cosine": lambda progress: 0.5 + 
 
 def settings(argv=None, held=None):
     """Flags over the resumed run's settings over the recipe: a namespace, the flags given, the checkpoint to resume (or
-    None), and whether the run directory was there and is locked now, in the ExitStack `held` (None: it is not locked)."""
+    None), and where the run directory was there and is locked now, in the ExitStack `held`, what only_one yields (or None)."""
     given = {k: v for k, v in vars(parser().parse_args(argv)).items() if v is not None}
-    resume, ckpt = given.get("resume"), None
+    resume, ckpt, source = given.get("resume"), None, None
     out = Path(given.get("out") or f"runs/{given.get('dataset', 'glyphs')}")
+    if resume not in (None, "auto"):
+        source = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+        out = out if "out" in given else source
+    # before the checkpoint is read: a run that ends just now may be about to write a later one
+    ours = held.enter_context(data.only_one(out)) if held is not None and RANK == 0 and "plan" not in given and out.is_dir() else None
     if resume == "auto":
-        resume = out if checkpoints(out) else None
+        resume = source = out if checkpoints(out) else None
         if resume is None:
             print0(f"--resume auto: no checkpoint in {out}, starting at step 0")
-    source = None if resume is None else Path(resume) if Path(resume).is_dir() else Path(resume).parent
-    if source is not None and "out" not in given:
-        out = source
     if "plan" not in given and checkpoints(out) and (source is None or source.resolve() != out.resolve()):
         raise InputError(f"{out} holds a run already: continue it with --resume auto, or give another --out")
-    # before the checkpoint is read: a run that ends just now may be about to write a later one
-    locked = held is not None and RANK == 0 and "plan" not in given and out.is_dir()
-    if locked:
-        held.enter_context(data.only_one(out))
     if resume is not None:
         ckpt = read_checkpoint(resume)
         if "optimizer" not in ckpt:
@@ -172,7 +171,7 @@ def settings(argv=None, held=None):
                             ("guidance", 0, 1e3), ("seed", 0, 2 ** 62), ("utilisation", 1e-3, 1)):
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name} {getattr(args, name)}: expected a number between {low:g} and {high:g}")
-    return args, given, ckpt, locked
+    return args, given, ckpt, ours
 
 
 def same_data(ckpt, dataset):
@@ -187,16 +186,22 @@ def same_data(ckpt, dataset):
 
 
 def stored_settings(ckpt):
-    """The settings in a checkpoint, each held to what the command line would take."""
-    stored, flags = ckpt["config"]["settings"], {action.dest: action for action in parser()._actions}
-    for name, value in stored.items():
-        flag = flags.get(name)
-        if flag is None or value is None:
+    """The settings in a checkpoint, each held to what the command line would take; what concerns one call alone is left out."""
+    settings, stored = ckpt["config"]["settings"], {}
+    known = {action.dest: action for action in parser()._actions if action.dest not in ("help", "resume", "out", "plan", "gpus", "utilisation")}
+    for name in known.keys() & settings.keys():
+        flag, value = known[name], settings[name]
+        if value is None and DEFAULTS.get(name, 0) is None:
             continue
-        kind = bool if flag.nargs == 0 else int if flag.type in (positive, natural) else flag.type or str
-        if not isinstance(value, (int, float) if kind is float else kind) or flag.choices and value not in flag.choices:
-            raise InputError(f"{ckpt['file'].name}: its setting {name} is {value!r:.60}, which --{name.replace('_', '-')} does not take")
-    return {name: stored[name] for name in stored if name in flags}
+        try:
+            if type(value) not in ((int, float) if flag.type is float else (bool,) if flag.nargs == 0 else (int,) if flag.type else (str,)):
+                raise ValueError
+            if flag.nargs != 0 and (flag.type or str)(str(value)) != value or flag.choices and value not in flag.choices:
+                raise ValueError
+        except (ValueError, argparse.ArgumentTypeError):
+            raise InputError(f"{ckpt['file'].name}: its setting {name} is {value!r:.60}, which --{name.replace('_', '-')} does not take") from None
+        stored[name] = value
+    return stored
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -302,9 +307,9 @@ def append_log(path, records):
             raise
 
 
-def save_checkpoint(out, step, previous, model, ema, optimizer, config, keep):
-    """ckpt.pt, and the `keep` checkpoints before it as ckpt-STEP.pt (hard links: no second copy is written);
-    `previous` is the step of the ckpt.pt that is there. Until the new one is on disk nothing else is touched."""
+def save_checkpoint(out, step, current, model, ema, optimizer, config, keep):
+    """ckpt.pt, and the `keep` checkpoints before it as ckpt-STEP.pt (hard links: no second copy is written); `current` is the
+    step of the ckpt.pt that is there, None where it is of no use. Until the new one is on disk nothing else is touched."""
     state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
                  data_position=step * config["settings"]["batch_size"], rng=torch.get_rng_state(), config=config)
 
@@ -314,8 +319,8 @@ def save_checkpoint(out, step, previous, model, ema, optimizer, config, keep):
         except RuntimeError as e:                                      # torch's writer covers the disk's error with its own
             raise e.__context__ if isinstance(e.__context__, OSError) else e
 
-    earlier = out / f"ckpt-{previous:07d}.pt"
-    if keep > 0 and (out / "ckpt.pt").exists() and not earlier.exists():
+    earlier = None if current is None or not keep else out / f"ckpt-{current:07d}.pt"
+    if earlier and (out / "ckpt.pt").exists() and not earlier.exists():
         try:
             os.link(out / "ckpt.pt", earlier)
         except OSError:                                                # a file system without hard links
@@ -454,14 +459,14 @@ H100_FLOPS = 989e12               # dense bfloat16, NVIDIA's data sheet of the S
 
 def main(argv=None):
     with ExitStack() as held:                                          # the lock on the run directory
-        args, given, ckpt, locked = settings(argv, held)
+        args, given, ckpt, ours = settings(argv, held)
         if args.plan:
             plan(args)
         else:
-            run(args, given, ckpt, locked, held)
+            run(args, given, ckpt, ours, held)
 
 
-def run(args, given, ckpt, locked, held):
+def run(args, given, ckpt, ours, held):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # cuBLAS asks for it, before its first product
         torch.use_deterministic_algorithms(True)
@@ -469,8 +474,8 @@ def run(args, given, ckpt, locked, held):
         torch.backends.cuda.enable_mem_efficient_sdp(False)            # its backward pass adds in any order
     dataset, cfg = build(args, given)
     device = start_processes(args.device)
+    same_everywhere(ckpt)
     if ckpt:
-        same_everywhere(ckpt)
         same_data(ckpt, dataset)
     dtype = pick_dtype(args.dtype, device, "bfloat16" if bfloat16_cpu() else "float32")
     compiled = args.compile if args.compile is not None else device.type == "cuda"
@@ -480,21 +485,26 @@ def run(args, given, ckpt, locked, held):
     out = Path(args.out)
 
     # model, averaged model, optimizer; `net` is what is called, `model` what is saved
+    if ckpt:
+        file = ckpt["file"].name
+        if ckpt["config"]["model"] != asdict(cfg):
+            differ = [k for k, v in asdict(cfg).items() if ckpt["config"]["model"].get(k) != v]
+            raise InputError(f"{file}: its model differs from that of the flags in {', '.join(differ)}; drop those flags")
+        for weights in ("model", "ema"):
+            fits(cfg, ckpt[weights], file)
     torch.manual_seed(args.seed)
     model = asft.ASFT(cfg).to(device)
     model.grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), eps=1e-8, weight_decay=0.0,
                                   fused=True)
-    step = 0
+    step, current = 0, None                                            # `current`: step of the ckpt.pt in the run directory
     if ckpt:
-        if ckpt["config"]["model"] != asdict(cfg):
-            differ = [k for k, v in asdict(cfg).items() if ckpt["config"]["model"].get(k) != v]
-            raise InputError(f"{ckpt['file'].name}: its model differs from that of the flags in {', '.join(differ)}; drop those flags")
-        load_weights(model, ckpt["model"], args.resume)
-        load_weights(ema, ckpt["ema"], args.resume)
-        load_optimizer(optimizer, ckpt["optimizer"], args.resume)
+        model.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        load_optimizer(optimizer, ckpt["optimizer"], file)
         step = ckpt["step"]
+        current = step if Path(file).resolve() == (out / "ckpt.pt").resolve() else None
         ckpt["file"].close()
         print0(f"resumed at step {step}")
     net = torch.compile(model) if compiled else model
@@ -508,10 +518,10 @@ def run(args, given, ckpt, locked, held):
     records = []
     if RANK == 0:
         make_directory(out, "--out")
-        if not locked:
-            held.enter_context(data.only_one(out))
-        for unfinished in out.glob("*.tmp"):                           # of a run that was killed while it wrote
-            unfinished.unlink()
+        ours = ours or held.enter_context(data.only_one(out))
+        for name in ("ckpt*.pt", "config.json", "log.jsonl", "loss.png", "samples-*.png"):
+            for unfinished in out.glob(f"{name}.tmp"):                 # of a run that was killed while it wrote
+                unfinished.unlink()
         records = read_log(out / "log.jsonl", step) if ckpt else []    # forget what was logged after the checkpoint
         write_atomic(out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
         write_atomic(out / "log.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in records).encode()))
@@ -562,6 +572,8 @@ def run(args, given, ckpt, locked, held):
                            f"the items of their batches are in log.jsonl")
                 records.append(record)
                 unwritten.append(record)
+                if not ours() and (out / data.LOCK).exists():          # removed, and begun anew
+                    raise InputError(f"{out}: another training writes it now; this one ends at step {step}")
                 if attempt("the log is not written, next attempt with its next line", append_log, out / "log.jsonl", unwritten):
                     unwritten.clear()
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate * args.batch_size:.1f} samples/s, {memory / 1e9:.2f} GB peak")
@@ -570,10 +582,8 @@ def run(args, given, ckpt, locked, held):
                     print0(f"step {step}/{args.steps}: {bar.postfix}, {rate:.2f} steps/s, "
                            f"{(args.steps - step) / rate / 60:.1f} min left")
             if longest >= args.max_bad_steps:
-                if RANK:                                               # every process has seen it: one says it
-                    sys.exit(2)
                 raise InputError(f"{longest} steps in a row up to step {step} had a non-finite loss or gradient "
-                                 f"(--max-bad-steps {args.max_bad_steps}); the checkpoint of step {saved} is kept")
+                                 f"(--max-bad-steps {args.max_bad_steps}); {kept(out, saved)}")
             total.zero_()
             faults.clear()
             logged, started = step, time.time()
@@ -582,13 +592,14 @@ def run(args, given, ckpt, locked, held):
         if RANK == 0:
             if step > saved and (step % args.save_every == 0 or last or stopping):
                 try:
-                    save_checkpoint(out, step, saved, model, ema, optimizer, config, args.keep)
-                    saved = step
+                    save_checkpoint(out, step, current, model, ema, optimizer, config, args.keep)
+                    saved = current = step
                 except OSError as e:
-                    failed = f"{message(e)}: step {step} is not saved, {f'the checkpoint of step {saved} is kept' if saved else 'nor any before it'}"
+                    failed = f"{message(e)}: step {step} is not saved, {kept(out, saved)}"
                     if last or stopping:
-                        raise InputError(f"{f'{fault}; ' if fault else ''}{failed}; make room and continue with --resume auto") from None
-                    print0(f"warning: {failed}; next attempt at step {(step // args.save_every + 1) * args.save_every}")
+                        raise InputError(f"{f'{fault}; ' if fault else ''}{failed}; once that is mended, continue with --resume auto") from None
+                    again = min(args.steps, (step // args.save_every + 1) * args.save_every)
+                    print0(f"warning: {failed}; next attempt at step {again}")
                 attempt("the curve is not drawn", draw_curve, out / "loss.png", records)
             if step > 0 and (step % args.sample_every == 0 or last) and not stopping:
                 attempt("samples are not drawn", sample_picture, out / f"samples-{step:07d}.png", model, ema, args, dataset, device, dtype)
@@ -624,7 +635,9 @@ def run(args, given, ckpt, locked, held):
         print0(f"{len(reported)} of {len(dataset)} items could not be read and were replaced by others")
     if fault:
         raise InputError(f"{fault}; " + (f"step {step} is saved, continue with --resume auto" if saved else "nothing was trained yet"))
-    if stopping:
+    if stopping and not saved:
+        print0(f"stopped by signal {stop[0] if stop else ''} before the first step")
+    elif stopping:
         print0(f"stopped by signal {stop[0] if stop else ''} at step {step}, saved; continue with --resume auto")
     else:
         print0(f"done at step {step}: {out}/ckpt.pt; sample it with: python sample.py --ckpt {out}")
@@ -636,15 +649,25 @@ def run(args, given, ckpt, locked, held):
 
 
 def load_optimizer(optimizer, state, path):
-    """Adam's moments of a checkpoint; learning rate and betas stay those of the flags."""
+    """Adam's moments of a checkpoint; learning rate and betas stay those of the flags. Fused Adam trusts every stride."""
     try:
-        optimizer.load_state_dict(dict(state=state["state"], param_groups=optimizer.state_dict()["param_groups"]))
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if any(optimizer.state[p][k].shape != p.shape for k in ("exp_avg", "exp_avg_sq")) or optimizer.state[p]["step"].numel() != 1:
-                    raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise InputError(f"{path}: its optimizer state is not that of this model ({type(e).__name__})") from e
+        wanted, moments = [p for group in optimizer.param_groups for p in group["params"]], state["state"]
+        whole = {}
+        for i in moments:
+            if not 0 <= i < len(wanted):
+                raise ValueError(f"entry {i} of {len(wanted)}")
+            shapes = dict(step=(), exp_avg=wanted[i].shape, exp_avg_sq=wanted[i].shape)
+            if any(unlike(moments[i][k], shape) or not moments[i][k].isfinite().all() for k, shape in shapes.items()) or \
+                    moments[i]["exp_avg_sq"].min() < 0:
+                raise ValueError(f"entry {i}")
+            whole[i] = {k: moments[i][k].float().contiguous() for k in shapes}
+        optimizer.load_state_dict(dict(state=whole, param_groups=optimizer.state_dict()["param_groups"]))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e:
+        raise InputError(f"{path}: its optimizer state is not that of this model ({type(e).__name__}: {e})") from e
+
+
+def kept(out, saved):
+    return f"the checkpoint of step {saved} is kept" if checkpoints(out) else "and there is no checkpoint"
 
 
 def bad_steps(flags, first, row):
@@ -687,9 +710,7 @@ if __name__ == "__main__":
     try:
         main()
     except (InputError, OSError) as e:
-        if RANK == 0 or dist.is_initialized():                         # what concerns every process is said once
-            print(f"train.py: {message(e)}", file=sys.stderr)
-        sys.exit(2)
+        fail("train.py", e)
     except RuntimeError as e:
         if WORLD == 1 or "onnection" not in str(e):
             raise

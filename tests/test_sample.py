@@ -422,12 +422,12 @@ def test_weights_ema_or_raw(glyphs_run, tmp_path):
     ckpt = sample.read_checkpoint(glyphs_run)
     seen = {}
     for name, key in (("ema", "ema"), ("raw", "model")):
-        inner = sample.load_weights
+        inner = sample.fits
         try:
-            sample.load_weights = lambda model, state, path: seen.update({name: state}) or inner(model, state, path)
+            sample.fits = lambda cfg, state, path: seen.update({name: state}) or inner(cfg, state, path)
             cli("--ckpt", glyphs_run, "--n", 1, "--steps", 1, "--weights", name, "--out", tmp_path / name)
         finally:
-            sample.load_weights = inner
+            sample.fits = inner
         assert all(torch.equal(seen[name][k], ckpt[key][k]) for k in ckpt[key])
         assert json.loads((tmp_path / name / "samples.json").read_text())["weights"] == name
     assert any(not torch.equal(ckpt["ema"][k], ckpt["model"][k]) for k in ckpt["ema"])
