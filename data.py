@@ -516,8 +516,8 @@ def find_files(path, suffixes):
             if real and real not in above:
                 todo.append((entry.path, above + (real,)))
                 ways[real] += 1
-                if ways[real] > 1000:
-                    raise InputError(f"{entry.path}: the thousandth way to one directory; expected links that do not lead into each other")
+                if ways[real] > 500:
+                    raise InputError(f"{entry.path}: one of more than 500 ways to a directory; expected links that do not lead into each other")
             elif wanted:
                 found.append(entry.path)
     return sorted(found)
@@ -1127,7 +1127,14 @@ def results_of(source):
     except RuntimeError as error:
         if "killed by signal" not in str(error) and "exited unexpectedly" not in str(error):
             raise
-        raise InputError("a data process was killed, most likely for want of memory; fewer --workers need less") from None
+        raise InputError(KILLED) from None
+    except (OSError, EOFError) as error:              # it was just handing over a batch
+        if not source.num_workers:
+            raise
+        raise InputError(f"{KILLED} ({one_line(error)})") from None
+
+
+KILLED = "a data process was killed, most likely for want of memory; fewer --workers need less"
 
 
 def decode_values(batch, device):

@@ -113,35 +113,35 @@ def until(true, process, seconds=120):
     return False
 
 
-def kill(work, runs, rng):
+def kill(work, runs, rng, steps=300):
     """SIGKILL at any moment from the start of the process to its end; half of the times once a save has begun."""
-    flags = ["--steps", 300, "--save-every", 5, "--log-every", 5]
+    flags = ["--steps", steps, "--save-every", 5, "--log-every", 5]
     began = time.time()
     train(work / "straight", *flags)
-    length, equal, in_write, steps = time.time() - began, 0, 0, []
+    length, equal, in_write, began_at = time.time() - began, 0, 0, []
     for i in tqdm(range(runs), unit="run"):
         out, status = work / f"run{i}", 0
         while status == 0:                              # again, where it was at its end before that moment
             shutil.rmtree(out, ignore_errors=True)
             process = start(out, *flags, "--workers", i // 2 % 2, "--keep", i % 3)
-            moment = time.time() + rng.uniform(0, length)
+            moment = time.time() + rng.uniform(0, 0.9 * length)
             until(lambda: time.time() > moment, process)
             if i % 2 == 0:
                 until((out / "ckpt.pt.tmp").exists, process)
             process.kill()
             status = process.wait()
         in_write += (out / "ckpt.pt.tmp").exists()
-        steps.append(sample.read_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0)
+        began_at.append(sample.read_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0)
         train(out, *flags, "--resume", "auto")
         equal += same_run(out, work / "straight") and not list(out.glob("*.tmp"))
     print(f"kill: {equal} of {runs} runs equal the uninterrupted one bit for bit; {in_write} were killed within a save; "
-          f"they went on from steps {sorted(steps)} of 300")
+          f"they went on from steps {sorted(began_at)} of {steps}")
     return equal == runs and in_write > 0
 
 
-def ranks(work, runs, rng):
+def ranks(work, runs, rng, steps=300):
     """SIGKILL of one of two processes; the launch must end, and the next one go on."""
-    flags = ["--steps", 300, "--save-every", 5, "--log-every", 5]
+    flags = ["--steps", steps, "--save-every", 5, "--log-every", 5]
     train(work / "straight", *flags, processes=2)
     equal, ended, left, times = 0, 0, 0, []
     for i in tqdm(range(runs), unit="run"):
@@ -150,7 +150,7 @@ def ranks(work, runs, rng):
             shutil.rmtree(out, ignore_errors=True)
             process = start(out, *flags, processes=2)
             until((out / "log.jsonl").exists, process)
-            moment = time.time() + rng.uniform(0, 4)
+            moment = time.time() + rng.uniform(0, steps / 75)
             until(lambda: time.time() > moment, process)
             family = children(process.pid)
             victim = next((pid for pid in family if f"RANK={i % 2}".encode() in environment(pid)), None)
