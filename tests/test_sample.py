@@ -723,8 +723,7 @@ def test_parts_make_the_whole(lively, tmp_path, monkeypatch, capsys, kind, size,
     same(drawn(lively[kind], tmp_path / "seed", "--n", 2, *size, *how), whole)
 
 
-@pytest.mark.parametrize("kind, size", [("images", ("--res", 100)), ("clouds", ("--points", 9000))])
-@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("kind, size, n", [("images", ("--res", 100), 1), ("clouds", ("--points", 9000), 5)])
 def test_two_processes_draw_what_one_does(lively, tmp_path, kind, size, n):
     """If sharing out samples (many) or queries (few) among processes changed a sample, or the number of files."""
     words = ["--samples", n, *size, *SDE]
