@@ -24,9 +24,9 @@ import chaos
 import data
 import sample
 import train
-from chaos import same_run
+from chaos import log, same, same_run
 from conftest import ROOT, TINY, trained
-from test_train import ckpt, finished, log, pictures, same, start
+from test_train import ckpt, finished, pictures, start
 
 RNG = np.random.default_rng(0)
 

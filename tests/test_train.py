@@ -18,24 +18,12 @@ import data
 import model as asft
 import sample
 import train
+from chaos import log, same
 from conftest import ROOT, TINY, trained
 
 
 def ckpt(path):
     return torch.load(path / "ckpt.pt" if path.is_dir() else path, weights_only=True)
-
-
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-    """Bit-equal trees of tensors and plain values."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def same_training(a, b):
