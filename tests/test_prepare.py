@@ -16,7 +16,6 @@ from PIL import Image
 
 import data
 import evaluate
-import model as asft
 import sample
 import train
 from conftest import ROOT
