@@ -286,6 +286,8 @@ def read_log(path, step):
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
+            if not all(isinstance(record[key], kind) for key, kind in (("step", int), ("skipped", int), ("loss", (int, float, type(None))))):
+                raise ValueError
             if record["step"] <= step:
                 records.append(record)
         except (ValueError, TypeError, KeyError):
@@ -466,6 +468,47 @@ def main(argv=None):
             run(args, given, ckpt, ours, held)
 
 
+def start_or_resume(args, cfg, ckpt, device):
+    """Model, averaged model, optimizer, the step they are at, and the step of the ckpt.pt in the run directory, None where
+    there is none that is of use."""
+    if ckpt:
+        file = ckpt["file"].name
+        if ckpt["config"]["model"] != asdict(cfg):
+            differ = [k for k, v in asdict(cfg).items() if ckpt["config"]["model"].get(k) != v]
+            raise InputError(f"{file}: its model differs from that of the flags in {', '.join(differ)}; drop those flags")
+        for weights in ("model", "ema"):
+            fits(cfg, ckpt[weights], file)
+    torch.manual_seed(args.seed)
+    model = asft.ASFT(cfg).to(device)
+    model.grad_checkpoint = args.grad_checkpoint
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), eps=1e-8, weight_decay=0.0,
+                                  fused=True)
+    if not ckpt:
+        return model, ema, optimizer, 0, None
+    model.load_state_dict(ckpt["model"])
+    ema.load_state_dict(ckpt["ema"])
+    load_optimizer(optimizer, ckpt["optimizer"], file)
+    ckpt["file"].close()
+    step = ckpt["step"]
+    print0(f"resumed at step {step}")
+    return model, ema, optimizer, step, step if Path(file).resolve() == Path(args.out, "ckpt.pt").resolve() else None
+
+
+def open_run(out, config, ckpt, step, ours, held):
+    """Makes and locks the run directory, clears away what a killed run left half written, and forgets what was logged after
+    the checkpoint: the records that stay, and what only_one yields."""
+    make_directory(out, "--out")
+    ours = ours or held.enter_context(data.only_one(out))
+    for name in ("ckpt*.pt", "config.json", "log.jsonl", "loss.png", "samples-*.png"):
+        for unfinished in out.glob(f"{name}.tmp"):
+            unfinished.unlink()
+    records = read_log(out / "log.jsonl", step) if ckpt else []
+    write_atomic(out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+    write_atomic(out / "log.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in records).encode()))
+    return records, ours
+
+
 def run(args, given, ckpt, ours, held):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # cuBLAS asks for it, before its first product
@@ -484,30 +527,8 @@ def run(args, given, ckpt, ours, held):
     micro = args.batch_size // (WORLD * args.accumulate)
     out = Path(args.out)
 
-    # model, averaged model, optimizer; `net` is what is called, `model` what is saved
-    if ckpt:
-        file = ckpt["file"].name
-        if ckpt["config"]["model"] != asdict(cfg):
-            differ = [k for k, v in asdict(cfg).items() if ckpt["config"]["model"].get(k) != v]
-            raise InputError(f"{file}: its model differs from that of the flags in {', '.join(differ)}; drop those flags")
-        for weights in ("model", "ema"):
-            fits(cfg, ckpt[weights], file)
-    torch.manual_seed(args.seed)
-    model = asft.ASFT(cfg).to(device)
-    model.grad_checkpoint = args.grad_checkpoint
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), eps=1e-8, weight_decay=0.0,
-                                  fused=True)
-    step, current = 0, None                                            # `current`: step of the ckpt.pt in the run directory
-    if ckpt:
-        model.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
-        load_optimizer(optimizer, ckpt["optimizer"], file)
-        step = ckpt["step"]
-        current = step if Path(file).resolve() == (out / "ckpt.pt").resolve() else None
-        ckpt["file"].close()
-        print0(f"resumed at step {step}")
-    net = torch.compile(model) if compiled else model
+    model, ema, optimizer, step, current = start_or_resume(args, cfg, ckpt, device)
+    net = torch.compile(model) if compiled else model                  # `net` is what is called, `model` what is saved
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
@@ -515,16 +536,7 @@ def run(args, given, ckpt, ours, held):
                   sampling=dict(solver=args.solver, steps=args.sampling_steps, guidance=args.guidance),
                   normalisation=None if cfg.domain == "image" else "box", tokens=getattr(dataset, "spec", None),
                   torch=str(torch.__version__))
-    records = []
-    if RANK == 0:
-        make_directory(out, "--out")
-        ours = ours or held.enter_context(data.only_one(out))
-        for name in ("ckpt*.pt", "config.json", "log.jsonl", "loss.png", "samples-*.png"):
-            for unfinished in out.glob(f"{name}.tmp"):                 # of a run that was killed while it wrote
-                unfinished.unlink()
-        records = read_log(out / "log.jsonl", step) if ckpt else []    # forget what was logged after the checkpoint
-        write_atomic(out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
-        write_atomic(out / "log.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in records).encode()))
+    records, ours = open_run(out, config, ckpt, step, ours, held) if RANK == 0 else ([], None)
     print0(f"{args.dataset}: {len(dataset)} items, {len(dataset.class_names) or 'no'} classes; model {args.model}, "
            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; {device}, "
            f"{'float32' if dtype is None else 'bfloat16 autocast'}{', compiled' if compiled else ''}")
