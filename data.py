@@ -1805,7 +1805,7 @@ def mesh_jobs(args):
         raise InputError(f"--val {args.val}: expected a share between 0 and 1")
     if not os.path.isdir(args.src):
         raise InputError(f"{args.src}: no such directory; expected one of meshes ({' '.join(MESHES)}), or solids[:SPLIT]")
-    official, jobs, taken = read_splits(args.splits) if args.splits else {}, [], {}
+    official, jobs, taken, named = read_splits(args.splits) if args.splits else {}, [], {}, 0
     for file in find_files(args.src, set(MESHES))[:args.n]:
         parts = os.path.splitext(os.path.relpath(file, args.src))[0].split(os.sep)
         parts = [part for part in parts if part not in ("models", "model_normalized")] or parts[-1:]      # ShapeNetCore's
@@ -1813,6 +1813,7 @@ def mesh_jobs(args):
         parts = [part for part in parts if part not in here]
         name = "-".join(parts[1:] or parts)
         share = int.from_bytes(hashlib.sha256(os.fsencode("/".join(parts))).digest()[:4], "big") / 2 ** 32
+        named += parts[-1] in official
         split = here[0] if here else official.get(parts[-1]) or ("val" if share < args.val else "train")
         kind = parts[0] if len(parts) > 1 else "objects"
         if (split, kind, name) in taken:              # link.obj beside link.stl
@@ -1823,6 +1824,8 @@ def mesh_jobs(args):
         jobs.append((file, split, kind, name))
     if not jobs:
         raise InputError(f"{args.src}: no meshes in it; expected files of {' '.join(MESHES)}")
+    if args.splits and not named:
+        raise InputError(f"--splits {args.splits}: none of its modelIds is a mesh of {args.src}")
     return jobs
 
 

@@ -457,6 +457,8 @@ def test_sample_meshes(tmp_path, capsys):
     assert "left out" in (out := capsys.readouterr().out) and "5 of 6 meshes" in out
     refused("no meshes", call=lambda: run("sample-meshes", tmp_path / "dst", tmp_path / "x"))
     refused("all.csv", call=lambda: run(*flags[:-1], tmp_path / "src" / "all.csv"))
+    (tmp_path / "none.csv").write_text("modelId,split\nxyz,test\n")
+    refused("none.csv: none of its modelIds", call=lambda: run(*flags[:-1], tmp_path / "none.csv"))
     refused("--val 2.0", call=lambda: run(*flags, "--val", 2))
     run("sample-meshes", "solids:val", tmp_path / "named", "--n", 14, "--points", 8)
     assert len(data.load("shapenet", tmp_path / "named", points=8, split="val", category="chair")) == 2          # by the folder's name
