@@ -245,8 +245,8 @@ def deterministic(work, runs, rng):
 
 
 def long(work, runs, rng, steps=3000):
-    """Resident memory, open files and processes of a long run, at a tenth of its steps, by when all has been done once that it does
-    (a save, a sampling), and at its end."""
+    """Resident memory, open files and processes of a long run, at a fifth of its steps, by when all that it does (a save, a sampling)
+    has been done twice, and at its end."""
     out, small = work / "run", SMALL.copy()
     SMALL[:] = ["--device", "cpu"]                      # the recipe as it is: preset tiny, batch 16
     process = start(out, "--steps", steps, "--workers", 2, "--sample-every", steps // 12, "--save-every", steps // 12)
@@ -259,15 +259,14 @@ def long(work, runs, rng, steps=3000):
                 family = [process.pid, *children(process.pid)]
                 pages = [int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in family]
                 files = [len(os.listdir(f"/proc/{pid}/fd")) for pid in family]
-                if not all(pages):                      # it is ending
-                    break
-                seen[step] = (sum(pages) * resource.getpagesize() / 2 ** 20, sum(files), len(family))
+                if all(pages) and len(family) == 3:     # else it is starting or ending
+                    seen[step] = (sum(pages) * resource.getpagesize() / 2 ** 20, sum(files), len(family))
                 bar.update(step - bar.n)
             except (OSError, IndexError, ValueError):
                 pass
             time.sleep(0.2)
     process.wait()
-    first, last = (min(seen, key=lambda s: abs(s - at)) for at in (steps // 10, steps - 50))
+    first, last = (min(seen, key=lambda s: abs(s - at)) for at in (steps // 5, steps - 50))
     growth = seen[last][0] / seen[first][0] - 1
     for step in sorted({min(seen, key=lambda s: abs(s - steps * i // 10)) for i in range(1, 11)} | {last}):
         print(f"long: step {step}: {seen[step][0]:.1f} MiB resident, {seen[step][1]} open files, {seen[step][2]} processes")
