@@ -472,7 +472,7 @@ def open_zip(path):
     names that lead out of it, or with sizes that no memory holds."""
     try:
         opened = zipfile.ZipFile(path)
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+    except Exception as error:                        # hostile directories raise nearly anything
         raise InputError(f"{path}: cannot be read as a .zip ({one_line(error)})") from None
     for entry in opened.infolist():
         if entry.filename.startswith(("/", "\\")) or ".." in entry.filename.replace("\\", "/").split("/"):

@@ -723,6 +723,10 @@ if __name__ == "__main__":
         main()
     except (InputError, OSError) as e:
         fail("train.py", e)
+    except KeyboardInterrupt:
+        if RANK == 0:
+            print("train.py: interrupted before the first step", file=sys.stderr)
+        sys.exit(130)
     except RuntimeError as e:
         if WORLD == 1 or "onnection" not in str(e):
             raise
