@@ -468,12 +468,17 @@ def archive(path, process):
 
 
 def open_zip(path):
-    """A zipfile.ZipFile, open for reading. Raises InputError for what is none, and for one that was made to do harm: with
-    names that lead out of it, or with sizes that no memory holds."""
+    """A zipfile.ZipFile, open for reading and `harmless`. Raises InputError for what is none."""
     try:
         opened = zipfile.ZipFile(path)
     except Exception as error:                        # hostile directories raise nearly anything
         raise InputError(f"{path}: cannot be read as a .zip ({one_line(error)})") from None
+    return harmless(opened, path)
+
+
+def harmless(opened, path):
+    """The archive. Raises InputError for one that was made to do harm: with names that lead out of it, or with sizes that no
+    memory holds."""
     for entry in opened.infolist():
         if entry.filename.startswith(("/", "\\")) or ".." in entry.filename.replace("\\", "/").split("/"):
             raise InputError(f"{path}: holds the name {entry.filename}, which leads out of it; expected names of what is in it")
@@ -734,7 +739,7 @@ def read_npz(path, keys):
             archive = np.load(file, allow_pickle=False)
             if isinstance(archive, np.ndarray):
                 raise ValueError("it is a single .npy array")
-            open_zip(path).close()
+            harmless(archive.zip, path)
             arrays = {}
             for key in keys:
                 if key in archive.files:
@@ -1552,8 +1557,7 @@ def pack_alone(args, source, listing):
         differ = [key for key, value in listing.items() if there.get(key) != value]
         if differ:
             raise InputError(f"{args.dst}: holds a packed set of another {', '.join(differ)}; give another directory")
-        for i, shard in enumerate(whole_shards(args, there, size)):
-            manifest["shards"].append(shard)
+        manifest["shards"] = list(whole_shards(args, there, size))
         if len(manifest["shards"]) < len(there["shards"]):
             print(f"{there['shards'][len(manifest['shards'])]['file']}: damaged, packed again from there on")
     write_json(at("manifest.json"), manifest)
@@ -1606,7 +1610,7 @@ def whole_shards(args, manifest, size):
     """Those of a manifest's shards, from the first on, that are whole: what comes after a damaged one is packed anew."""
     digests = in_parallel(functools.partial(shard_sha256, args.dst), manifest["shards"], args.workers, "file")
     left = manifest["count"]
-    for i, (shard, digest) in enumerate(zip(manifest["shards"], digests)):
+    for shard, digest in zip(manifest["shards"], digests):
         if shard["count"] != min(size, left) or digest != shard["sha256"]:
             return
         left -= shard["count"]

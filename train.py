@@ -329,10 +329,9 @@ def save_checkpoint(out, step, current, model, ema, optimizer, config, keep):
             with open(out / "ckpt.pt", "rb") as there:
                 write_atomic(earlier, lambda f: shutil.copyfileobj(there, f))
     write_atomic(out / "ckpt.pt", write)
-    kept = [p for p in checkpoints(out) if p.stem != "ckpt" and int(p.stem[5:]) < step][:keep]
-    for old in checkpoints(out)[1:]:
-        if old not in kept:
-            old.unlink()
+    earlier = checkpoints(out)[1:]                                     # later ones are of a future that was given up
+    for old in {*earlier} - {*[p for p in earlier if int(p.stem[5:]) < step][:keep]}:
+        old.unlink()
 
 
 def attempt(what, write, *args):
