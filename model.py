@@ -43,6 +43,8 @@ class Config:
     first_self: int = 0            # perceiver encoders: self-attention layers of the encoder block
     self_layers: int = 1           # self-attention layers of one trunk block
     reread: bool = False           # perceiver encoders: every trunk block reads the context again
+    encoder_heads: int = 0         # spatial and hash encoders: heads that read a window, 0: as many as `heads` (ours)
+    interpolate: bool = False      # images with windows: a query starts from the latents at its place, too (ours)
     n_classes: int = 0             # 0 = no class conditioning
     token_dim: int = 0             # 0 = no token conditioning
 
@@ -61,7 +63,7 @@ PRESETS = {
     "point-objaverse": dict(POINTS, points=16384, width=1024, heads=16, depth=3, first_self=5, self_layers=5,
                             token_dim=774),
     # ours, for two CPU cores
-    "tiny": dict(res=32, width=128, depth=4, heads=4, latents=64),
+    "tiny": dict(res=32, width=128, depth=4, heads=4, latents=64, encoder_heads=16),
     "point-tiny": dict(POINTS, points=512, width=128, depth=3, heads=4, latents=64, first_self=1),
 }
 
@@ -71,6 +73,8 @@ def config(preset, **changes):
     if preset not in PRESETS:
         raise ValueError(f"unknown model {preset!r}: expected one of {', '.join(PRESETS)}")
     cfg = replace(Config(), **{**PRESETS[preset], **changes})
+    if "encoder_heads" not in changes and cfg.encoder not in ("spatial", "hash"):
+        cfg.encoder_heads = 0                                            # a preset's own, of another encoder
     check(cfg)
     return cfg
 
@@ -92,6 +96,10 @@ def check(cfg):
         raise ValueError(f"{cfg.points} points are not divisible among {cfg.latents} latents")
     if cfg.rope and (cfg.domain != "image" or cfg.encoder == "perceiver"):
         raise ValueError("rope needs latents on a pixel grid: encoder 'spatial' or 'linear'")
+    if cfg.encoder_heads and (cfg.encoder not in ("spatial", "hash") or cfg.width % cfg.encoder_heads):
+        raise ValueError(f"{cfg.encoder_heads} encoder heads need encoder 'spatial' or 'hash' and a width, {cfg.width}, that they divide")
+    if cfg.interpolate and (cfg.domain != "image" or cfg.encoder == "perceiver"):
+        raise ValueError("interpolate needs latents on a pixel grid: encoder 'spatial' or 'linear'")
     if not 1 <= cfg.levels <= cfg.depth:
         raise ValueError(f"{cfg.levels} decoder levels need 1 <= levels <= depth = {cfg.depth}")
 
@@ -323,6 +331,19 @@ def time_features(t, width=256):
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
+def interpolate(latents, coords):
+    """Bilinear interpolation of latents (B, L, D), a square grid, at coords (M, 2) or (b, M, 2), b divides B: (B, M, D), float32.
+
+    As a product with hat functions, since the backward pass of grid_sample gives other bits every time on CUDA."""
+    side = math.isqrt(latents.shape[1])
+    at = (coords.float() * side - 0.5).clamp(0, side - 1)                                   # (b, M, 2)
+    hat = (1 - (at[..., None] - torch.arange(side, device=at.device)).abs()).clamp_min(0)   # (b, M, 2, side)
+    weights = (hat[..., 1, :, None] * hat[..., 0, None, :]).flatten(-2)                     # (b, M, L)
+    weights = repeat_to(weights.view(-1, *weights.shape[-2:]), len(latents))
+    with torch.autocast("cpu" if latents.is_meta else latents.device.type, enabled=False):
+        return weights @ latents.float()
+
+
 def repeat_to(x, B):
     """Repeat what does not see the condition for the halves of guidance: (b, ...) -> (B, ...), b divides B."""
     if x.shape[0] == 1:
@@ -363,7 +384,7 @@ class ASFT(nn.Module):
             self.patch_out = nn.Sequential(nn.LayerNorm(D), MLP(D, D))
             self.stem = None
         elif windows:
-            self.encoder = WindowEncoder(D, H)
+            self.encoder = WindowEncoder(D, cfg.encoder_heads or H)
         self.rope = cfg.rope
         if cfg.rope:
             for name, table in zip(("rope_cos", "rope_sin"), rope_tables(math.isqrt(cfg.latents), D // H)):
@@ -492,7 +513,8 @@ class ASFT(nn.Module):
             k, v = block.keys_values(latents)
             blocks.append((block.modulations(c), (k.to(v.dtype), v)))
         shift, scale = self.head_modulation(F.silu(c))[:, None].chunk(2, -1)             # (B, 1, 2D) each
-        return blocks, ((self.head.weight * (1 + scale)).mT, self.head(shift))
+        grid = levels[-1] if self.cfg.interpolate else None
+        return blocks, ((self.head.weight * (1 + scale)).mT, self.head(shift)), grid
 
     def decode(self, memory, coords, values):
         """Velocity at M queries, each on its own: (B, M, 3), in the units of the values.
@@ -500,13 +522,15 @@ class ASFT(nn.Module):
         memory from `memory`; coords (M, 2) or (B, M, 2), None for points; values (B, M, 3), of which B may be a part."""
         if values.dim() != 3 or values.shape[-1] != 3:
             raise ValueError(f"query values must have shape (B, M, 3), not {tuple(values.shape)}")
-        blocks, (weight, bias) = memory
+        blocks, (weight, bias), grid = memory
         if self.cfg.domain == "image":
             stem = self.query_stem(values)                                               # (b, M, D)
             x = stem + fourier(coords, self.freqs)                                       # (b, M, D)
         else:
             stem, x = self.query_values(values), self.query_stem(values)
         x, stem = repeat_to(x, len(bias)), repeat_to(stem, len(bias))                    # (B, M, D)
+        if grid is not None:
+            x = x + interpolate(grid, coords).to(x.dtype)
         for block, (modulations, kv) in zip(self.decoder, blocks):
             x = block(x, modulations, kv)
         x = torch.cat([x, stem.to(x.dtype)], -1)                                         # (B, M, 2D)

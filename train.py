@@ -45,15 +45,15 @@ PAPER = dict(lr=1e-4, warmup=0, schedule="constant", ema=0.999, clip=2.0, drop=0
              beta2=0.999, flip=False, solver="euler", sampling_steps=100, guidance=1.0)       # App. A
 IMAGENET = dict(PAPER, loader="folder", model="XL", batch_size=512, steps=1_700_000, guidance=1.5, flip=True)
 SCENES = dict(PAPER, loader="folder", model="B", res=256, decode=8192, batch_size=256, steps=1_000_000, flip=True, labels=False)
-SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=8500, lr=2e-3, warmup=100, schedule="cosine",
+SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=10_000, lr=2e-3, warmup=100, schedule="cosine",
              times="logit-normal", ema=0.999, sampling_steps=50, guidance=2.0)                # two CPU cores
 SMALL_POINTS = dict(SMALL, model="point-tiny", times="uniform", steps=6000, points=512, decode=512, solver="sde", sampling_steps=250)
 
 RECIPES = {
     "glyphs": dict(SMALL, loader="glyphs", res=32, lr=3e-3),
     "solids": dict(SMALL_POINTS, loader="solids"),
-    "folder": dict(SMALL, loader="folder", res=32, steps=20_000),
-    "npz": dict(SMALL, loader="npz", steps=20_000),
+    "folder": dict(SMALL, loader="folder", res=32),
+    "npz": dict(SMALL, loader="npz"),
     "imagenet128": dict(IMAGENET, res=128, decode=4096),
     "imagenet256": dict(IMAGENET, res=256, decode=8192),
     "ffhq256": dict(SCENES),
@@ -87,6 +87,8 @@ def parser():
                        ("levels", "K, decoder blocks")):
         flag(g, f"--{name}", help, type=positive)
     flag(g, "--rope", "rotary embedding of the latent grid", action=argparse.BooleanOptionalAction)
+    flag(g, "--encoder-heads", "heads that read a window (0: as many as --heads)", type=natural)
+    flag(g, "--interpolate", "queries start from the latents at their place, too", action=argparse.BooleanOptionalAction)
     g = p.add_argument_group("recipe (defaults: the data set's row in RECIPES)")
     flag(g, "--steps", "optimizer steps", type=positive)
     flag(g, "--batch-size", "samples of one optimizer step, over all processes", type=positive)
@@ -128,7 +130,7 @@ def parser():
 
 
 DEFAULTS = dict(dataset="glyphs", data=None, category="all", res=None, points=None, labels=None, encoder=None, width=None, depth=None,
-                heads=None, latents=None, levels=None, rope=None, seed=0, device="auto", dtype="auto", compile=None,
+                heads=None, latents=None, levels=None, rope=None, encoder_heads=None, interpolate=None, seed=0, device="auto", dtype="auto", compile=None,
                 accumulate=1, grad_checkpoint=False, workers=None, out=None, resume=None, log_every=10, save_every=1000,
                 sample_every=1000, keep=1, max_bad_steps=20, skip_bad=False, deterministic=False, plan=False, gpus=8, utilisation=0.4)
 
@@ -187,7 +189,8 @@ def same_data(ckpt, dataset):
 
 def stored_settings(ckpt):
     """The settings in a checkpoint, each held to what the command line would take; what concerns one call alone is left out."""
-    settings, stored = ckpt["config"]["settings"], {}
+    # a run from before there were encoder heads has none, whatever its preset has by now
+    settings, stored = {**ckpt["config"]["settings"], "encoder_heads": ckpt["config"]["model"].get("encoder_heads", 0)}, {}
     known = {action.dest: action for action in parser()._actions if action.dest not in ("help", "resume", "out", "plan", "gpus", "utilisation")}
     for name in known.keys() & settings.keys():
         flag, value = known[name], settings[name]
@@ -415,7 +418,7 @@ def build(args, given):
 
 def configure(args, processes, **changes):
     """The model configuration; batch and decoded pairs must fit it and the number of processes."""
-    changes.update({k: getattr(args, k) for k in ("width", "depth", "heads", "latents", "levels", "encoder", "rope")})
+    changes.update({k: getattr(args, k) for k in ("width", "depth", "heads", "latents", "levels", "encoder", "rope", "encoder_heads", "interpolate")})
     try:
         cfg = asft.config(args.model, **{k: v for k, v in changes.items() if v is not None})
     except ValueError as e:
@@ -472,8 +475,9 @@ def start_or_resume(args, cfg, ckpt, device):
     there is none that is of use."""
     if ckpt:
         file = ckpt["file"].name
-        if ckpt["config"]["model"] != asdict(cfg):
-            differ = [k for k, v in asdict(cfg).items() if ckpt["config"]["model"].get(k) != v]
+        before = {**asdict(asft.Config()), **ckpt["config"]["model"]}
+        if before != asdict(cfg):
+            differ = [k for k in before if before[k] != asdict(cfg).get(k)]
             raise InputError(f"{file}: its model differs from that of the flags in {', '.join(differ)}; drop those flags")
         for weights in ("model", "ema"):
             fits(cfg, ckpt[weights], file)

@@ -1,20 +1,28 @@
-"""The paper's claims, as far as two CPU cores can try them: python tests/claims.py NAME --data pictures.npz
+"""The paper's claims, as far as two CPU cores can try them: python tests/claims.py NAME [--data ...]
 
-| NAME     | the paper                                                        | arms, each with the same steps, batch and seeds           |
-|----------|------------------------------------------------------------------|-----------------------------------------------------------|
-| latents  | Tab. 8: spatial-aware latents 7.03, vanilla PerceiverIO 65.09    | spatial, perceiver (as many parameters)                   |
-| decoded  | Fig. 3b: decoding fewer pairs costs little and saves FLOPs       | 1/16, 1/8, 1/4, 1/2 and all pairs of a training picture   |
-| widths   | Fig. 3a: larger models are better                                | width 64, 128, 256                                        |
-| linear   | App. B: ASFT-linear is a cheap variant                           | spatial, linear                                           |
-| switches | multi-level decoding, RoPE, logit-normal t, QK-norm              | one at a time                                             |
-| ours     | not in the paper                                                 | encoder heads, latents added to the query, window size    |
-| sampling | Sec. 4: guidance, solver, steps                                  | the first arm, quality against network evaluations        |
+| NAME     | the paper                                                         | compared here, with the same steps, batch and seeds           |
+|----------|-------------------------------------------------------------------|---------------------------------------------------------------|
+| latents  | Tab. 8: spatial-aware latents 7.03, vanilla PerceiverIO 65.09     | spatial, perceiver (as many parameters)                       |
+| decoded  | Fig. 3b: decoding fewer pairs costs little and saves FLOPs        | 1/16, 1/8, 1/4, 1/2 and all pairs of a training picture       |
+| widths   | Fig. 3a: larger models are better                                 | width 64, 128, 256                                            |
+| linear   | App. B: ASFT-linear is a cheap variant                            | spatial, linear                                               |
+| switches | multi-level decoding, RoPE, logit-normal t, QK-norm               | one at a time                                                 |
+| ours     | not in the paper                                                  | encoder heads, latents added to the query, window size        |
+| defaults | not in the paper: the CPU recipe                                  | learning rate, schedule, t, EMA, one at a time                |
+| sampling | Sec. 4: guidance, solver, steps                                   | one model, quality against network evaluations                |
+| upscale  | Tab. 9: drawn at 4x 23.09, bilinear 35.05, bicubic 24.34          | trained at 32, at 64 and 128 against true pictures            |
+| clouds   | Tab. 4: 1-NNA, COV, MMD                                           | the CPU recipe, training shapes, simple baselines             |
+| dense    | Fig. 4b: 50 x denser clouds                                       | 100,000 points against 2,048 of the same samples              |
 
---data is an .npz with `images` and `labels`: four fifths are trained on, the rest is held out. Frechet distance, precision and recall
-are of the 96 features of a classifier trained here on the same four fifths, and Frechet also of pictures reduced to 8 x 8 pixels; the
-references are the pictures trained on, `floor` is what the held-out ones get. Everything is a function of --data, --steps and the seeds;
-what is finished is kept in --out (default: runs/claims) and not done again. Writes results/NAME-*.json and .png there. Samples 0 to n-1 of
-seed 0, classes in turn, without guidance, Euler 25, averaged weights, but for `sampling`.
+Pictures: --data is an .npz with `images` and `labels` (default: 10,000 of the built-in glyphs); four fifths are trained on, the rest is
+held out. Frechet distance, precision and recall are of the 96 features of a classifier trained here on the same four fifths, `pixels` is
+the Frechet distance of pictures reduced to 8 x 8; the reference is what was trained on, `floor` is what the held-out pictures get. Samples
+are 0 to n-1 of seed 0, classes in turn, without guidance, Euler 25, averaged weights, but for `sampling`. Clouds: --data is a tree of
+ShapeNet's with --category (default: the built-in solids).
+
+Everything is a function of --data, --steps and the seeds. What is finished is kept in --out (default: runs/claims) and not done again, an
+interrupted training goes on. Writes results/NAME-SET-STEPS.json and .png there, and prints the table. `claims.py show FILE.json` prints
+the table of a result.
 """
 import argparse
 import json
@@ -22,6 +30,7 @@ import math
 import statistics
 import sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,169 +46,173 @@ import data  # noqa: E402
 import model as asft  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from metrics import clouds  # noqa: E402
 from metrics.frechet import frechet_distance  # noqa: E402
 from metrics.precision_recall import precision_recall  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is tried. An arm: flags of train.py, and perhaps a change of model.py that is no option of it
+# What is tried. An arm: flags of train.py, and perhaps a change of the code that is no flag of it
 
 @contextmanager
 def changed(change):
-    """train.py and sample.py with a changed model.py."""
-    kept = asft.Attention.__init__, asft.WindowEncoder.__init__, asft.ASFT.decode, asft.ASFT.memory
+    """The project's code with a part taken out that no flag takes out."""
+    attention, average = asft.Attention.__init__, train.update_ema
     if change == "no QK-norm":
         def init(self, width, heads):
-            kept[0](self, width, heads)
+            attention(self, width, heads)
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         asft.Attention.__init__ = init
-    if change and change.startswith("encoder heads"):
-        asft.WindowEncoder.__init__ = lambda self, width, heads: kept[1](self, width, int(change.split()[-1]))
-    if change == "interpolated":
-        def memory(self, levels, *rest):
-            blocks, head = kept[3](self, levels, *rest)
-            return blocks, (*head, levels[-1])
-
-        def decode(self, parts, coords, values):
-            blocks, (weight, bias, latents) = parts
-            stem = self.query_stem(values)
-            x = stem + asft.fourier(coords, self.freqs)
-            x, stem = asft.repeat_to(x, len(bias)), asft.repeat_to(stem, len(bias))
-            x = x + interpolated(latents, coords).to(x.dtype)
-            for block, (modulations, kv) in zip(self.decoder, blocks):
-                x = block(x, modulations, kv)
-            x = torch.cat([x, stem.to(x.dtype)], -1)
-            return torch.baddbmm(bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), weight)
-        asft.ASFT.memory, asft.ASFT.decode = memory, decode
+    if change == "no EMA warm-up":
+        train.update_ema = lambda ema, model, step, *rest: average(ema, model, 10 ** 9, *rest)
     try:
         yield
     finally:
-        asft.Attention.__init__, asft.WindowEncoder.__init__, asft.ASFT.decode, asft.ASFT.memory = kept
-
-
-def interpolated(latents, coords):
-    """Bilinear interpolation of latents (B, L, D) on their grid at coords (M, 2) or (B, M, 2): (B, M, D)."""
-    B, L, D = latents.shape
-    side = math.isqrt(L)
-    grid = latents.float().transpose(1, 2).view(B, D, side, side)
-    at = (2 * coords - 1).expand(B, -1, -1)[:, :, None]                # (B, M, 1, 2)
-    return F.grid_sample(grid, at, padding_mode="border", align_corners=False)[..., 0].transpose(1, 2)
+        asft.Attention.__init__, train.update_ema = attention, average
 
 
 def arms(task):
-    """Arms by name: (flags of train.py, change of model.py). The first is what all others are compared with."""
+    """Arms by name: (flags of train.py, change of the code). `spatial` is the paper's form, `preset` that of the CPU recipe."""
+    if task.domain == "points":
+        return {"preset": ([], None)}
     pairs, side = task.res ** 2, task.res // 4                        # windows of 4 x 4 pixels, as in preset tiny
-    base = ["--latents", side ** 2, "--decode", pairs // 4]
-    with_decode = lambda share: ["--latents", side ** 2, "--decode", pairs // share]
-    known = {
-        "spatial": (base, None),
-        "perceiver": ([*base, "--encoder", "perceiver", "--width", perceiver_width(task)], None),
-        "linear": ([*base, "--encoder", "linear"], None),
-        **{f"decoded 1/{share}": (with_decode(share), None) for share in (16, 8, 2, 1)},
+    latents, decode = ["--latents", side ** 2], ["--decode", pairs // 4]
+    preset, plain = latents + decode, ["--encoder-heads", 0]          # the paper has as many heads in the encoder as elsewhere
+    base = preset + plain
+    windows = lambda p: (["--latents", (task.res // p) ** 2, *decode, *plain], None)
+    return {
+        "spatial": (base, None), "linear": ([*base, "--encoder", "linear"], None),
+        "perceiver": ([*base, "--encoder", "perceiver", "--width", perceiver_width(task.res)], None),
+        "encoder heads 16": ([*preset, "--encoder-heads", 16], None), "encoder heads 64": ([*preset, "--encoder-heads", 64], None),
+        "interpolated": ([*base, "--interpolate"], None), "16, interpolated": ([*preset, "--encoder-heads", 16, "--interpolate"], None),
+        "windows 2 x 2": windows(2), "windows 7 x 7": windows(7), "windows 8 x 8": windows(8),
+        "preset": (preset, None),
+        **{f"decoded 1/{share}": (latents + plain + ["--decode", pairs // share], None) for share in (16, 8, 2, 1)},
         "width 64": ([*base, "--width", 64], None), "width 256": ([*base, "--width", 256], None),
-        "2 levels": ([*base, "--levels", 2], None), "RoPE": ([*base, "--rope"], None), "uniform t": ([*base, "--times", "uniform"], None),
-        "no QK-norm": (base, "no QK-norm"), "encoder heads 16": (base, "encoder heads 16"), "encoder heads 64": (base, "encoder heads 64"),
-        "interpolated": (base, "interpolated"),
-        "windows 2 x 2": (["--latents", (2 * side) ** 2, "--decode", pairs // 4], None),
+        "2 levels": ([*base, "--levels", 2], None), "RoPE": ([*base, "--rope"], None),
+        "uniform t": ([*base, "--times", "uniform"], None), "no QK-norm": (base, "no QK-norm"),
+        "lr 1e-3": ([*preset, "--lr", 1e-3], None), "lr 4e-3": ([*preset, "--lr", 4e-3], None),
+        "constant lr": ([*preset, "--schedule", "constant"], None),
+        "EMA 0.99": ([*preset, "--ema", 0.99], None), "no EMA warm-up": (preset, "no EMA warm-up"),
     }
-    if task.res % 8 == 0 or task.res % 7 == 0:
-        p = 8 if task.res % 8 == 0 else 7
-        known[f"windows {p} x {p}"] = (["--latents", (task.res // p) ** 2, "--decode", pairs // 4], None)
-    return known
 
 
-def perceiver_width(task):
+@cache
+def perceiver_width(res):
     """The width at which the PerceiverIO has most nearly as many parameters as the spatial model of width 128."""
-    count = lambda **changes: asft.forward_flops(asft.config("tiny", res=task.res, latents=(task.res // 4) ** 2, **changes), 16)[1]
+    count = lambda **changes: asft.forward_flops(asft.config("tiny", res=res, latents=(res // 4) ** 2, encoder_heads=0,
+                                                             **changes), 16)[1]
     goal = count()
     return min(range(96, 161, 4), key=lambda width: abs(count(encoder="perceiver", width=width) - goal))
 
 
-SAMPLING = [*((guidance, "euler", 50) for guidance in (1.0, 1.5, 2.0, 3.0)), *((1.0, "euler", steps) for steps in (5, 10, 25, 100)),
-            *((1.0, "heun", steps) for steps in (5, 10, 25)), *((1.0, "dopri5", steps) for steps in (25, 50, 100)),
-            *((1.0, "sde", steps) for steps in (25, 100, 250))]      # guidance, solver, steps
-
-CLAIMS = {
-    "latents": (("spatial", "perceiver"), 3),
-    "decoded": (("spatial", "decoded 1/16", "decoded 1/8", "decoded 1/2", "decoded 1/1"), 3),
-    "widths": (("width 64", "spatial", "width 256"), 3),
-    "linear": (("spatial", "linear"), 3),
-    "switches": (("spatial", "2 levels", "RoPE", "uniform t", "no QK-norm"), 3),
-    "ours": (("spatial", "encoder heads 16", "encoder heads 64", "interpolated", "windows"), 3),
-    "sampling": (("spatial",), 1),
+COMPARED = {          # claim -> default of --steps, arms
+    "latents": (2000, ("spatial", "perceiver")),
+    "decoded": (1000, ("spatial", "decoded 1/16", "decoded 1/8", "decoded 1/2", "decoded 1/1")),
+    "widths": (1000, ("spatial", "width 64", "width 256")),
+    "linear": (2000, ("spatial", "linear")),
+    "switches": (1000, ("spatial", "2 levels", "RoPE", "uniform t", "no QK-norm")),
+    "ours": (2000, ("spatial", "encoder heads 16", "encoder heads 64", "interpolated", "16, interpolated", "windows 2 x 2", "windows 7 x 7",
+                    "windows 8 x 8")),
+    "defaults": (1000, ("preset", "lr 1e-3", "lr 4e-3", "constant lr", "EMA 0.99", "no EMA warm-up")),
 }
+
+SAMPLING = [*((1.0, "euler", steps) for steps in (5, 10, 25, 50)), *((guidance, "euler", 25) for guidance in (1.5, 2.0, 3.0)),
+            *((1.0, "heun", steps) for steps in (3, 5, 13)), *((1.0, "dopri5", steps) for steps in (25, 50)),
+            *((1.0, "sde", steps) for steps in (25, 100))]            # guidance, solver, steps
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Data, and the classifier whose features all arms are scored by
+# Pictures: the set, split, and the classifier whose features all arms are scored by
 
-class Task:
-    """The set, split; its classifier; the directory of all that is made."""
+class Pictures:
+    domain, solver, steps_drawn = "image", "euler", 25
 
     def __init__(self, args):
-        self.out, self.steps, self.n = Path(args.out), args.steps, args.n
+        self.out, self.steps, self.n, self.stem = Path(args.out), args.steps, args.n, Path(args.data).stem
+        self.out.mkdir(parents=True, exist_ok=True)
+        if args.data == "glyphs":
+            args.data = self.out / "glyphs.npz"
+            store_glyphs(args.data, 32)
         whole = data.Npz(args.data)
         if not whole.class_names:
             raise data.InputError(f"{args.data}: no `labels`; expected classes, for the classifier whose features are compared")
-        self.res, self.classes, self.source = whole.res, len(whole.class_names), args.data
-        order = np.random.default_rng(0).permutation(len(whole))
-        self.parts, count = {}, len(whole) * 4 // 5
-        for name, chosen in (("train", order[:count]), ("test", order[count:])):
-            self.parts[name] = np.stack([whole.item(i)[0] for i in chosen]), whole.labels[chosen]
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.file = self.out / f"{Path(args.data).stem}-train.npz"
-        if not self.file.exists():
-            images, labels = self.parts["train"]
-            data.write_atomic(self.file, lambda f: np.savez(f, images=images, labels=labels))
-        self.net, self.accuracy = self.classifier()
-        self.reference = self.features(self.parts["train"][0])
+        self.res, self.classes = whole.res, len(whole.class_names)
+        self.order, self.count = np.random.default_rng(0).permutation(len(whole)), len(whole) * 4 // 5
+        self.train, self.test = self.split(whole)
+        file = self.out / f"{self.stem}-train.npz"
+        if not file.exists():
+            data.write_atomic(file, lambda f: np.savez(f, images=self.train[0], labels=self.train[1]))
+        self.flags = ["--dataset", "npz", "--data", file]
+        self.judge = Judge(self.out / f"{self.stem}-classifier.pt", self.train, self.test, self.classes)
+        self.facts = dict(samples=self.n, classifier_accuracy=self.judge.accuracy)
 
-    def classifier(self, epochs=12):
-        """A small convolutional network, and its accuracy on the held-out pictures."""
+    def split(self, whole):
+        """What is trained on and what is held out, each pictures and labels."""
+        return [(np.stack([whole.item(i)[0] for i in part]), whole.labels[part]) for part in (self.order[:self.count], self.order[self.count:])]
+
+    def label(self, n):
+        return np.arange(n) % self.classes
+
+    def score(self, pictures):
+        return self.judge.score(pictures, self.label(len(pictures)))
+
+    def floor(self):
+        return self.judge.score(*self.test)
+
+    def show(self, pictures):
+        return list(pictures[:16])
+
+
+def store_glyphs(path, res, count=10_000):
+    if not path.exists():
+        glyphs = data.Glyphs(res, "train")
+        images = np.stack([glyphs.item(i)[0] for i in tqdm(range(count), desc=f"glyphs at {res}")])
+        data.write_atomic(path, lambda f: np.savez(f, images=images, labels=np.arange(count) % len(glyphs.class_names)))
+
+
+class Judge:
+    """A small convolutional network trained to tell the classes of real pictures, and sets of pictures scored by its features."""
+
+    def __init__(self, path, known, held_out, classes, epochs=12):
         torch.manual_seed(0)
         widths, layers = (3, 24, 48, 96), []
         for a, b in zip(widths, widths[1:]):
             layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
-        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, self.classes))
-        path = self.out / f"{Path(self.source).stem}-classifier.pt"
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, classes))
         if path.exists():
-            net.load_state_dict(torch.load(path, weights_only=True))
+            self.net.load_state_dict(torch.load(path, weights_only=True))
         else:
-            x, y = planes(self.parts["train"][0]), torch.from_numpy(self.parts["train"][1])
-            steps = epochs * (len(x) // 64)
-            optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-            for step in tqdm(range(steps), desc="classifier"):
-                pick = [data.item_index(len(x), 1, step * 64 + j) for j in range(64)]
-                F.cross_entropy(net(x[pick]), y[pick]).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-            data.write_atomic(path, lambda f: torch.save(net.state_dict(), f))
-        net.eval()
-        labels = self.parts["test"][1]
-        return net, float((self.run(net, self.parts["test"][0]).argmax(1) == torch.from_numpy(labels)).float().mean())
+            self.fit(planes(known[0]), torch.from_numpy(known[1]), epochs)
+            data.write_atomic(path, lambda f: torch.save(self.net.state_dict(), f))
+        self.net.eval()
+        self.known = self.features(known[0])
+        self.accuracy = float((self.features(held_out[0])[2] == torch.from_numpy(held_out[1])).float().mean())
 
-    @staticmethod
+    def fit(self, x, y, epochs):
+        steps = epochs * (len(x) // 64)
+        optimizer = torch.optim.AdamW(self.net.parameters(), weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        for step in tqdm(range(steps), desc="classifier"):
+            pick = [data.item_index(len(x), 1, step * 64 + j) for j in range(64)]
+            F.cross_entropy(self.net(x[pick]), y[pick]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
     @torch.no_grad()
-    def run(net, pictures):
-        return torch.cat([net(planes(pictures[i:i + 256])) for i in range(0, len(pictures), 256)])
-
     def features(self, pictures):
         """Classifier features (n, 96), plain pixels of the pictures reduced to 8 x 8 (n, 192), classes read (n,)."""
-        deep = self.run(self.net[:-1], pictures)
-        pixels = F.adaptive_avg_pool2d(planes(pictures), 8).flatten(1)
+        deep = torch.cat([self.net[:-1](planes(pictures[i:i + 128])) for i in range(0, len(pictures), 128)])
+        pixels = torch.cat([F.adaptive_avg_pool2d(planes(pictures[i:i + 128]), 8).flatten(1) for i in range(0, len(pictures), 128)])
         return deep.double(), pixels.double(), self.net[-1](deep).argmax(1)
 
-    def score(self, pictures, labels=None):
-        """Figures of a set of pictures against those trained on."""
+    def score(self, pictures, labels):
         deep, pixels, read = self.features(pictures)
         distance = lambda a, b: frechet_distance(*moments(a), *moments(b))
-        precision, recall = precision_recall(self.reference[0][:len(self.parts["train"][0])], deep)
-        found = dict(fd=distance(self.reference[0], deep), fd_pixels=distance(self.reference[1], pixels), precision=precision, recall=recall)
-        if labels is not None:
-            found["legible"] = float((read == torch.as_tensor(labels)).float().mean())
-        return found
+        precision, recall = precision_recall(self.known[0], deep)
+        return dict(fd=distance(self.known[0], deep), pixels=distance(self.known[1], pixels), precision=precision, recall=recall,
+                    read=100 * float((read == torch.as_tensor(labels)).float().mean()))
 
 
 def planes(pictures):
@@ -211,39 +224,89 @@ def moments(x):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Clouds: the set, and its held-out shapes
+
+class Clouds:
+    domain, solver, steps_drawn = "points", "sde", 250
+
+    def __init__(self, args):
+        self.out, self.steps = Path(args.out), args.steps
+        self.stem = f"{args.category}" if args.data else "solids"
+        if args.data:
+            self.flags = ["--dataset", "shapenet", "--data", args.data, "--category", args.category]
+            load = lambda split, points: data.load("shapenet", args.data, split=split, points=points, category=args.category)
+            held_out, count = ("val", "test"), None
+        else:
+            self.flags, held_out, count = ["--dataset", "solids"], ("val",), 70
+            load = lambda split, points: data.load("solids", None, split=split, points=points)
+        self.points = train.SMALL_POINTS["points"]
+        known = load("train", self.points)
+        self.classes = len(known.class_names)
+        self.known = np.stack([known.item(i)[0] for i in range(count and 5 * count or len(known))])
+        sets = [load(split, self.points) for split in held_out]
+        self.reference = np.stack([s.item(i)[0] for s in sets for i in range(count or len(s))])
+        self.again = np.stack([known.item(i, np.random.default_rng((1, i)))[0] for i in range(len(self.known))])     # other points
+        self.n = len(self.reference)
+        self.facts = dict(references=self.n, training_shapes=len(self.known), points=self.points)
+
+    def label(self, n):
+        return np.arange(n) % self.classes if self.classes else None
+
+    def score(self, found):
+        found, reference, known = (clouds.normalise_box(c) for c in (found, self.reference, self.known))
+        result = {}
+        for name, distance in (("cd", "chamfer"), ("emd", "lion")):
+            result.update({f"{key}_{name}": value for key, value in clouds.scores(reference, found, distance, progress=False).items()})
+        nearest = clouds.pairwise(known, found, "chamfer", progress=False).min(0)
+        return dict(result, to_training=1e3 * float(nearest.mean()))
+
+    def floor(self):
+        return dict(to_training=1e3 * float(clouds.pairwise(*(clouds.normalise_box(c) for c in (self.known, self.reference)), "chamfer",
+                                                            progress=False).min(0).mean()))
+
+    def show(self, found):
+        return [sample.draw_points(cloud, 160) for cloud in found[:8]]
+
+
+# ---------------------------------------------------------------------------------------------------------
 # One arm
 
 def trained(task, arm, seed):
     """The run directory of an arm, trained to its end."""
     flags, change = arms(task)[arm]
-    out = task.out / "arms" / f"{Path(task.source).stem}-{task.steps}" / f"{arm.replace('/', '_').replace(' ', '-')}-seed{seed}"
+    out = task.out / "arms" / f"{task.stem}-{task.steps}" / f"{arm.replace('/', '_').replace(' ', '-')}-seed{seed}"
     with changed(change):
         if not (out / "done").exists():
-            train.main([str(word) for word in ("--dataset", "npz", "--data", task.file, *flags, "--steps", task.steps, "--seed", seed, "--device", "cpu",
-                                               "--out", out, "--resume", "auto", "--sample-every", 10 ** 9, "--keep", 0)])
+            train.main([str(word) for word in (*task.flags, *flags, "--steps", task.steps, "--seed", seed, "--device", "cpu", "--out", out,
+                                               "--resume", "auto", "--sample-every", 10 ** 9, "--keep", 0)])
+            if json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] < task.steps:     # Ctrl-C saves, and returns
+                sys.exit(f"{out}: interrupted; the same command goes on from there")
             (out / "done").touch()
     return out
 
 
-def drawn(task, arm, seed, n, guidance=1.0, solver="euler", steps=25, size=None, batch=100):
-    """Samples 0..n-1 of seed 0, classes in turn: uint8 (n, R, R, 3), their labels, network evaluations of one."""
+def drawn(task, arm, seed, n, guidance=1.0, solver=None, steps=None, size=None, first=0):
+    """Samples first..first+n-1 of seed 0, classes in turn: uint8 (n, R, R, 3) or float32 (n, P, 3), and the network evaluations of one."""
     run, change = trained(task, arm, seed), arms(task)[arm][1]
-    size = size or task.res
-    path = run / f"drawn-{n}-{guidance:g}-{solver}-{steps}-{size}.npz"
-    labels = np.arange(n) % task.classes
+    size, solver, steps = size or (task.res if task.domain == "image" else task.points), solver or task.solver, steps or task.steps_drawn
+    path = run / f"drawn-{n}-{guidance:g}-{solver}-{steps}-{size}{f'-from-{first}' if first else ''}.npz"
     if not path.exists():
+        label, found, batch = task.label(n), [], 100 if task.domain == "points" or size <= 32 else 16
         with changed(change):
-            ckpt = sample.read_checkpoint(run)
-            net, pictures = sample.load_model(ckpt, run), []
-            for first in tqdm(range(0, n, batch), desc=f"{arm}, seed {seed}"):
-                indices = range(first, min(n, first + batch))
+            net = sample.load_model(sample.read_checkpoint(run), run)
+            if task.domain == "points" and size > 10_000:
+                batch = 1
+            for start in tqdm(range(0, n, batch), desc=f"{arm}, seed {seed}: drawn"):
+                places = slice(start, min(n, start + batch))
                 with sample.autocast(torch.device("cpu"), torch.bfloat16 if train.bfloat16_cpu() else None):
-                    x, nfe = sample.generate(net, indices, 0, (size, size), torch.from_numpy(labels[indices.start:indices.stop]),
-                                             guidance=guidance, solver=solver, steps=steps)
-                pictures += [data.encode_image(p, size, size) for p in x]
-        data.write_atomic(path, lambda f: np.savez(f, images=np.stack(pictures), nfe=nfe))
+                    x, nfe = sample.generate(net, range(first + places.start, first + places.stop), 0,
+                                             (size, size) if task.domain == "image" else size,
+                                             None if label is None else torch.from_numpy(label[places]),
+                                             guidance=guidance, solver=solver, steps=steps, chunk=16384)
+                found += [data.encode_image(p, size, size) if task.domain == "image" else p.numpy() for p in x]
+        data.write_atomic(path, lambda f: np.savez(f, images=np.stack(found), nfe=nfe))
     arrays = data.read_npz(path, ("images", "nfe"))
-    return arrays["images"], labels, int(arrays["nfe"])
+    return arrays["images"], int(arrays["nfe"])
 
 
 def cost(task, arm):
@@ -252,7 +315,7 @@ def cost(task, arm):
     config = sample.read_checkpoint(run)["config"]
     with changed(arms(task)[arm][1]):
         flops, parameters = asft.forward_flops(asft.Config(**config["model"]), config["settings"]["decode"])
-    return dict(parameters=parameters, forward_gflop=flops / 1e9, training_pflop=3 * flops * 16 * task.steps / 1e15)
+    return dict(parameters=parameters / 1e6, gflop=flops / 1e9, training_pflop=3 * flops * config["settings"]["batch_size"] * task.steps / 1e15)
 
 
 def loss(run):
@@ -261,83 +324,191 @@ def loss(run):
     return statistics.mean(rows[-max(1, len(rows) // 10):])
 
 
-def compare(task, name, seeds):
+# ---------------------------------------------------------------------------------------------------------
+# The claims
+
+def compare(task, claim, args):
     """Trains, samples and scores the arms of a claim."""
-    wanted, affordable = CLAIMS[name]
-    names = [arm for arm in arms(task) if arm in wanted or any(arm.startswith(w) and w == "windows" for w in wanted)]
-    result = {}
-    for seed in range(seeds or affordable):             # a seed of every arm first: what is there can be compared at any time
-        for arm in names:
-            pictures, labels, nfe = drawn(task, arm, seed, task.n)
-            row = result.setdefault(arm, dict(cost(task, arm), seeds=[]))
-            row["seeds"].append(dict(seed=seed, loss=loss(trained(task, arm, seed)), **task.score(pictures, labels)))
-            write(task, name, result)
-    return result
+    report = Report(task, claim)
+    fitting = [arm for arm in COMPARED[claim][1] if not arm.startswith("windows") or task.res % int(arm[-1]) == 0]
+    for seed in range(args.seeds):                      # a seed of every arm first: what is there can be compared at any time
+        for arm in fitting:
+            found, _ = drawn(task, arm, seed, task.n)
+            report.add(arm, dict(seed=seed, **task.score(found), loss=loss(trained(task, arm, seed))), found, **cost(task, arm))
 
 
-def sample_each_way(task):
+def sampling(task, claim, args):
     """Scores the samples of one model by guidance, solver and number of steps."""
-    rows, pictures = [], {}
+    report = Report(task, claim)
     for guidance, solver, steps in SAMPLING:
-        found, labels, nfe = drawn(task, "spatial", 0, task.n, guidance, solver, steps)
-        rows.append(dict(guidance=guidance, solver=solver, steps=steps, nfe=nfe, **task.score(found, labels)))
-        pictures[f"{solver} {steps}, guidance {guidance:g}"] = found[:16]
-        print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-        stem = results(task, "sampling")
-        data.write_atomic(f"{stem}.json", lambda f: f.write(json.dumps(dict(claim="sampling", data=Path(task.source).name, rows=rows,
-                                                                            floor=task.score(*task.parts["test"])), indent=1).encode()))
-        sheet(pictures, f"{stem}.png")
+        found, nfe = drawn(task, "preset", 0, task.n, guidance, solver, steps)
+        report.add(f"{solver} {steps}" + (f", guidance {guidance:g}" if guidance != 1 else ""), dict(seed=0, **task.score(found)), found, nfe=nfe)
 
 
-def results(task, name):
-    (task.out / "results").mkdir(exist_ok=True)
-    return task.out / "results" / f"{name}-{Path(task.source).stem}-{task.steps}"
+def upscale(task, claim, args):
+    """Tab. 9: drawn finer than trained, against enlargements of what is drawn at the size trained on."""
+    report = Report(task, claim)
+    coarse = drawn(task, "preset", 0, task.n)[0]
+    for path in args.fine or [task.out / f"glyphs{res}.npz" for res in (64, 128)]:
+        if not args.fine:
+            store_glyphs(path, int(path.stem[6:]))
+        whole = data.Npz(path)
+        if len(whole) != len(task.order):
+            raise data.InputError(f"{path}: {len(whole)} pictures; expected the {len(task.order)} of --data, finer")
+        known, held_out = task.split(whole)
+        judge = Judge(task.out / f"{Path(path).stem}-classifier.pt", known, held_out, task.classes, 4)
+        enlarged = lambda how: np.stack([np.asarray(Image.fromarray(p).resize((whole.res, whole.res), how)) for p in coarse])
+        rows = {"drawn": drawn(task, "preset", 0, task.n, size=whole.res)[0], "bilinear": enlarged(Image.Resampling.BILINEAR),
+                "bicubic": enlarged(Image.Resampling.BICUBIC), "true pictures, held out": held_out[0][:task.n]}
+        for arm, found in rows.items():
+            labels = held_out[1][:task.n] if arm.startswith("true") else task.label(task.n)
+            figures = judge.score(found, labels)
+            figures["pixels"] = frechet_distance(*patches(found), *patches(known[0][:2000]))
+            report.add(f"{arm} at {whole.res}", dict(seed=0, **figures), found, classifier_accuracy=100 * judge.accuracy)
 
 
-def write(task, name, result):
-    for row in result.values():
-        for key in row["seeds"][0]:
-            if key != "seed":
-                values = [s[key] for s in row["seeds"]]
-                row[key] = dict(mean=statistics.mean(values), spread=max(values) - min(values))
-    report = dict(claim=name, data=Path(task.source).name, steps=task.steps, samples=task.n, classifier_accuracy=task.accuracy,
-                  floor=task.score(*task.parts["test"]), arms=result)
-    stem = results(task, name)
-    data.write_atomic(f"{stem}.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
-    rows = {arm: drawn(task, arm, 0, task.n)[0][:16] for arm in result}
-    sheet(rows, f"{stem}.png")
-    print(f"{name}, {Path(task.source).name}, {task.steps} steps, floor fd {report['floor']['fd']:.3f}, classifier {task.accuracy:.3f}")
-    for arm, row in result.items():
-        figure = lambda key: f"{row[key]['mean']:8.4f} +-{row[key]['spread'] / 2:.4f}"
-        print(f"  {arm:18} {row['parameters'] / 1e6:5.2f}M {row['forward_gflop']:6.3f} GFLOP  loss {figure('loss')}  fd {figure('fd')}  pixels "
-              f"{figure('fd_pixels')}  P {figure('precision')}  R {figure('recall')}  legible {figure('legible')}", flush=True)
+def patches(pictures, side=8):
+    """Mean and covariance of the plain pixels of side x side patches: reduced pictures would not tell an enlargement from the truth."""
+    total, square, count = 0, 0, 0
+    for i in range(0, len(pictures), 100):
+        x = F.unfold(planes(pictures[i:i + 100]).double(), side, stride=side - 1).transpose(1, 2).flatten(0, 1)    # odd stride: every phase
+        total, square, count = total + x.sum(0), square + x.T @ x, count + len(x)
+    mean = total / count
+    return mean.numpy(), ((square - count * torch.outer(mean, mean)) / (count - 1)).numpy()
+
+
+def shapes(task, claim, args):
+    """Tab. 4, beside clouds that nobody had to learn."""
+    report = Report(task, claim)
+    cov = np.cov(task.known.reshape(-1, 3).T)
+    mean = task.known.reshape(-1, 3).mean(0)
+    for seed in range(args.seeds):
+        rng = np.random.default_rng(seed)
+        found, nfe = drawn(task, "preset", 0, task.n, first=seed * task.n)
+        chosen = rng.permutation(len(task.known))[:task.n]
+        distance = clouds.pairwise(*(clouds.normalise_box(c) for c in (task.known, found)), "chamfer", progress=False)
+        near = task.again[distance.argmin(0)] + rng.normal(0, 0.03, found.shape)
+        for arm, cloud in {"ASFT": found, "training shapes, other points": task.again[chosen],
+                           "the training shape nearest to each sample of ASFT, noise 0.03": near,
+                           "each point from one Gaussian": rng.multivariate_normal(mean, cov, found.shape[:2])}.items():
+            cloud = np.asarray(cloud, np.float32)
+            report.add(arm, dict(seed=seed, **task.score(cloud)), cloud)
+
+
+def dense(task, claim, args, many=100_000, few=2048, objects=4, regions=64):
+    """Fig. 4b. The surface is what one half of the dense points shows; how far from it lie the others, and the sparse sample's?"""
+    report = Report(task, claim)
+    sparse, full = drawn(task, "preset", 0, objects, size=few)[0], drawn(task, "preset", 0, objects, size=many)[0]
+    for i in range(objects):
+        surface, rest = (torch.from_numpy(part.copy()) for part in (full[i][::2], full[i][1::2]))
+        rng = np.random.default_rng(i)
+        centres = sparse[i][rng.permutation(few)[:regions]]
+        share = lambda points: np.bincount(np.linalg.norm(points[:, None] - centres, axis=-1).argmin(1), minlength=regions) / len(points)
+        whole = share(full[i])
+        apart = lambda p: 100 * 0.5 * float(np.abs(p - whole).sum())
+        chance = apart(rng.multinomial(few, whole) / few)
+        gap = {f"{many:,} points": nearest(rest, surface), f"{few:,} points": nearest(torch.from_numpy(sparse[i]), surface)}
+        for arm, distance in gap.items():
+            figures = dict(seed=i, median=1e3 * float(distance.median()), p99=1e3 * float(distance.quantile(0.99)),
+                           density=apart(share(sparse[i])) if arm.startswith(f"{few:,}") else None, chance=chance if arm.startswith(f"{few:,}") else None)
+            report.add(arm, {k: v for k, v in figures.items() if v is not None}, (full if arm.startswith(f"{many:,}") else sparse))
+
+
+def nearest(points, surface):
+    """Distance of each point to the nearest one of a surface's."""
+    return torch.cat([torch.cdist(part, surface).amin(1) for part in points.split(500)])
+
+
+CLAIMS = {**{name: (Pictures, compare, steps) for name, (steps, _) in COMPARED.items()}, "sampling": (Pictures, sampling, 1000), "upscale": (Pictures, upscale, 8000),
+          "clouds": (Clouds, shapes, 6000), "dense": (Clouds, dense, 6000)}      # what of, how, default of --steps
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Results
+
+COLUMNS = {"parameters": ("parameters", "{:.2f}M"), "gflop": ("forward GFLOP", "{:.3f}"), "nfe": ("NFE", "{}"),
+           "fd": ("Frechet distance", "{:.3g}"), "pixels": ("pixels", "{:.3g}"), "precision": ("precision", "{:.2f}"),
+           "recall": ("recall", "{:.2f}"), "read": ("read as its class, %", "{:.0f}"), "loss": ("loss", "{:.3f}"),
+           "1nna_cd": ("1-NNA CD", "{:.1f}"), "1nna_emd": ("1-NNA EMD", "{:.1f}"), "cov_cd": ("COV CD", "{:.1f}"),
+           "cov_emd": ("COV EMD", "{:.1f}"), "mmd_cd": ("MMD CD", "{:.2f}"), "mmd_emd": ("MMD EMD", "{:.2f}"),
+           "to_training": ("CD to the nearest training shape", "{:.2f}"), "median": ("median distance to the surface", "{:.1f}"),
+           "p99": ("99th percentile", "{:.1f}"), "density": ("points in another region, %", "{:.1f}"), "chance": ("... by chance", "{:.1f}")}
+
+
+class Report:
+    """The result of a claim, written anew with every figure that is added."""
+
+    def __init__(self, task, claim):
+        (task.out / "results").mkdir(exist_ok=True, parents=True)
+        self.task, self.stem, self.sheet = task, task.out / "results" / f"{claim}-{task.stem}-{task.steps}", {}
+        self.found = dict(claim=claim, data=task.stem, steps=task.steps, **task.facts, floor=task.floor(), arms={})
+
+    def add(self, arm, figures, items, **facts):
+        """The figures of one seed of an arm, and what they were taken of."""
+        row = self.found["arms"].setdefault(arm, dict(facts, seeds=[]))
+        row["seeds"].append(figures)
+        self.sheet.setdefault(arm, self.task.show(items))
+        data.write_atomic(f"{self.stem}.json", lambda f: f.write(json.dumps(self.found, indent=1).encode()))
+        sheet(self.sheet, f"{self.stem}.png")
+        print(f"{arm}, seed {figures['seed']}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k != "seed"), flush=True)
+
+
+def table(found):
+    """A result as a table in Markdown: means over the seeds, and half of the range where there are several."""
+    rows = found["arms"].values()
+    columns = [key for key in COLUMNS if any(key in row or key in row["seeds"][0] for row in rows)]
+    lines = ["| | " + " | ".join(COLUMNS[key][0] for key in columns) + " | seeds |", "|---" * (len(columns) + 2) + "|"]
+    floor = {"floor (held out)": dict(seeds=[found["floor"]])} if len(found["floor"]) > 1 else {}
+    for arm, row in {**found["arms"], **floor}.items():
+        cells = []
+        for key in columns:
+            values = [row[key]] if key in row else [seed[key] for seed in row["seeds"] if key in seed]
+            cell = COLUMNS[key][1].format(statistics.mean(values)) if values else "-"
+            cells.append(cell + (f" ± {float(f'{(max(values) - min(values)) / 2:.2g}'):g}" if len(values) > 1 else ""))
+        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {len(row['seeds']) if arm in found['arms'] else '-'} |")
+    return "\n".join(lines)
 
 
 def sheet(rows, path, side=56):
     """A row of pictures for each name."""
-    page = Image.new("RGB", (160 + side * max(map(len, rows.values())), side * len(rows)), "white")
+    side = max(side, min(160, max(len(p) for row in rows.values() for p in row)))
+    page = Image.new("RGB", (200 + side * max(map(len, rows.values())), side * len(rows)), "white")
     pen = ImageDraw.Draw(page)
     for y, (name, pictures) in enumerate(rows.items()):
-        pen.text((6, side * y + side // 2 - 6), name, fill="black")
+        words = name.split()
+        lines = [" ".join(words[i:i + 4]) for i in range(0, len(words), 4)]
+        pen.text((6, side * y + side // 2 - 6 * len(lines)), "\n".join(lines), fill="black")
         for x, p in enumerate(pictures):
-            page.paste(Image.fromarray(p).resize((side - 2, side - 2), Image.Resampling.NEAREST), (160 + side * x, side * y))
+            page.paste(Image.fromarray(p).resize((side - 2, side - 2), Image.Resampling.NEAREST), (200 + side * x, side * y))
     data.write_atomic(path, lambda f: page.save(f, format="PNG"))
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["show"] and len(argv) == 2:
+        return print(table(json.loads(Path(argv[1]).read_text())))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("name", choices=CLAIMS)
-    p.add_argument("--data", required=True, help=".npz with images and labels")
-    p.add_argument("--steps", type=int, default=3000, help="of every arm (default: 3000)")
-    p.add_argument("--n", type=int, default=1000, help="samples of every arm (default: 1000)")
-    p.add_argument("--seeds", type=int, help="default: 3")
+    p.add_argument("--data", help="pictures: .npz with images and labels (default: built-in glyphs); clouds: tree of ShapeNet's (default: built-in solids)")
+    p.add_argument("--fine", nargs="+", help="upscale: the same pictures, finer, .npz (default: built-in glyphs at 64 and 128)")
+    p.add_argument("--category", default="airplane", help="of clouds (default: airplane)")
+    p.add_argument("--steps", type=sample.positive, help="of every arm (default: pictures 1,000 or 2,000, upscale 8,000, clouds 6,000)")
+    p.add_argument("--n", type=sample.positive, default=300, help="pictures drawn of every arm (default: 300)")
+    p.add_argument("--seeds", type=sample.positive, default=3, help="trainings of every arm; of clouds: sets of samples (default: 3)")
     p.add_argument("--out", default="runs/claims")
     args = p.parse_args(argv)
-    for flag in ("steps", "n"):
-        if getattr(args, flag) < 100:
-            p.error(f"--{flag} {getattr(args, flag)}: expected at least 100")
-    task = Task(args)
-    sample_each_way(task) if args.name == "sampling" else compare(task, args.name, args.seeds)
+    kind, claim, steps = CLAIMS[args.name]
+    if args.n < 100:
+        p.error(f"--n {args.n}: expected at least 100, for a Frechet distance of 96 features")
+    if args.name == "upscale" and args.data and not args.fine:
+        p.error("upscale of --data needs --fine: the same pictures at higher resolutions")
+    if kind is Pictures and not args.data:
+        args.data = "glyphs"
+    args.steps = args.steps or steps
+    task = kind(args)
+    claim(task, args.name, args)
+    stem = task.out / "results" / f"{args.name}-{task.stem}-{task.steps}"
+    print(f"\n{table(json.loads(Path(f'{stem}.json').read_text()))}\n\n{stem}.json and .png")
 
 
 if __name__ == "__main__":

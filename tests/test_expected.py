@@ -1,22 +1,75 @@
-"""The loss of the default recipe follows the curve that is shipped."""
+"""What is shipped in tests/expected: the default's loss curve, and the results behind the tables of README.md."""
+import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+import claims
 import train
 
-EXPECTED = Path(__file__).parent / "expected" / "glyphs_loss.jsonl"
+ROOT = Path(__file__).parent.parent
+EXPECTED = ROOT / "tests" / "expected"
+README = (ROOT / "README.md").read_text()
+CURVE = [json.loads(line) for line in (EXPECTED / "glyphs_loss.jsonl").read_text().splitlines()]
 
 
-def test_default_loss_follows_the_shipped_curve(tmp_path):
-    """A change that slows or breaks learning of the default preset moves the loss away from the shipped curve.
+def loss_until(step, curve=CURVE, steps=100):
+    """Mean loss of the last steps up to one: every line of a log is the mean since the line before."""
+    return np.mean([row["loss"] for row in curve if step - steps < row["step"] <= step])
 
-    Seed 0; float32 in place of bfloat16 moved the mean of the last 20 losses by 1.1 %; 3 % is allowed."""
-    expected = [json.loads(line) for line in EXPECTED.read_text().splitlines()]
-    steps = expected[-1]["step"]
-    train.main(["--steps", str(steps), "--log-every", "1", "--sample-every", "100000", "--workers", "0",
-                "--device", "cpu", "--out", str(tmp_path / "run")])
-    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == [e["step"] for e in expected]
-    last = lambda rows: sum(r["loss"] for r in rows[-20:]) / 20
-    assert abs(last(records) / last(expected) - 1) < 0.03
-    assert abs(records[0]["loss"] / expected[0]["loss"] - 1) < 0.01          # same data, noise and start
+
+def test_default_loss_follows_the_shipped_curve(tmp_path, monkeypatch):
+    """A change that slows or breaks learning of the default preset moves the loss away from the shipped curve of a whole run.
+
+    Seed 0, the first 150 steps of the recipe's schedule; 5 % allowed: float32 in place of bfloat16 moved it by 1 %."""
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda args, step: rate(argparse.Namespace(**{**vars(args), "steps": CURVE[-1]["step"]}), step))
+    train.main(["--steps", "150", "--sample-every", "100000", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")])
+    found = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in found] == [row["step"] for row in CURVE[:15]]
+    for step in (50, 100, 150):
+        assert abs(loss_until(step, found, 50) / loss_until(step, steps=50) - 1) < 0.05
+    assert abs(found[0]["loss"] / CURVE[0]["loss"] - 1) < 0.01               # same data, noise and start
+
+
+def test_expected_losses_on_the_page_are_those_of_the_curve():
+    """If the page promised a newcomer other losses than a run has."""
+    assert CURVE[-1]["step"] == train.RECIPES["glyphs"]["steps"]
+    for step in (100, 1000, CURVE[-1]["step"]):
+        assert f"| {step:,} | {loss_until(step):.3f} |" in README
+
+
+@pytest.mark.parametrize("path", sorted((EXPECTED / "claims").glob("*.json")), ids=lambda path: path.stem)
+def test_tables_of_results_are_those_of_the_shipped_results(path):
+    """If a figure on the page were not one that was measured."""
+    assert claims.table(json.loads(path.read_text())) in README
+
+
+def test_a_claim_runs_whole_and_is_not_done_twice(tmp_path, monkeypatch):
+    """If claims.py broke, trained again what is there, or its table left out an arm."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "set.npz", images=rng.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8), labels=np.arange(120) % 2)
+    words = ["linear", "--data", str(tmp_path / "set.npz"), "--steps", "1", "--n", "100", "--seeds", "2", "--out", str(tmp_path / "out")]
+    claims.main(words)
+    result = tmp_path / "out" / "results" / "linear-set-1.json"
+    found, picture = json.loads(result.read_text()), result.with_suffix(".png")
+    assert [len(found["arms"][arm]["seeds"]) for arm in ("spatial", "linear")] == [2, 2] and picture.exists()
+    assert found["arms"]["linear"]["gflop"] < found["arms"]["spatial"]["gflop"]
+    assert "| linear |" in claims.table(found) and "±" in claims.table(found)
+    first = result.read_bytes()
+    monkeypatch.setattr(train, "main", None)                                # nothing is left to train
+    claims.main(words)
+    assert result.read_bytes() == first
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["linear", "--data", "none.npz"], "none.npz"), (["clouds", "--data", "none"], "none"), (["linear", "--n", "50"], "--n 50"),
+    (["upscale", "--data", "set.npz"], "--fine")])
+def test_bad_input_of_claims_ends_in_one_line(tmp_path, monkeypatch, capsys, words, expected):
+    """If a mistake of the command line ended in a traceback, or began to train."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SystemExit, claims.data.InputError)) as caught:
+        claims.main(words)
+    assert expected in (str(caught.value) if caught.type is claims.data.InputError else capsys.readouterr().err)

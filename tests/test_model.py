@@ -11,7 +11,8 @@ import model as asft
 import sample
 
 IMAGE = {"spatial": {}, "linear": dict(encoder="linear"), "perceiver": dict(encoder="perceiver"),
-         "rope": dict(rope=True), "levels": dict(levels=2), "tokens": dict(token_dim=6)}
+         "rope": dict(rope=True), "levels": dict(levels=2), "tokens": dict(token_dim=6),
+         "interpolate": dict(interpolate=True, encoder_heads=8)}
 POINTS = {"points": {}, "hash": dict(encoder="hash"), "point tokens": dict(token_dim=6)}
 VARIANTS = [*IMAGE, *POINTS]
 
@@ -92,6 +93,7 @@ def test_attention_weights_of_the_window_encoder_matter():
     """If the softmax were flat (a lost query or scale), the plain form would agree with a mean: it must not."""
     torch.manual_seed(0)
     encoder = asft.WindowEncoder(32, 4)
+    assert tiny("interpolate").encoder.heads == 8 and tiny("spatial").encoder.heads == 2
     latents, x = 3 * torch.randn(5, 32), 3 * torch.randn(5, 2, 16, 32)
     got = encoder(latents, x, lambda x: x)                                    # pairs that are embedded already
     close(got, plain_window_encoder(encoder, latents, x, 0))
@@ -148,6 +150,15 @@ def plain_decode(model, levels, coords, values, t, label):
     c = model.condition(t, label, None)
     stem = torch.nn.Sequential(*model.query_stem)(values)
     x = stem + asft.fourier(coords, model.freqs)
+    if model.cfg.interpolate:                              # the four latents around a query, the nearest ones at the border
+        side = math.isqrt(model.cfg.latents)
+        at = (coords * side - 0.5).clamp(0, side - 1)
+        low = at.floor().clamp_max(side - 2).long()
+        for dx, dy in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            corner = low + torch.tensor([dx, dy])
+            weight = (1 - (at - corner).abs()).prod(-1, keepdim=True)                  # (B, M, 1)
+            place = (corner[..., 1] * side + corner[..., 0])[..., None].expand(-1, -1, x.shape[-1])
+            x = x + weight * levels[-1].gather(1, place)
     for block, latents in zip(model.decoder, levels):
         a = block.attention
         shift, scale, gate, shift2, scale2, gate2 = block.modulation(F.silu(c))[:, None].chunk(6, -1)
@@ -161,9 +172,10 @@ def plain_decode(model, levels, coords, values, t, label):
     return model.head(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
 
-@pytest.mark.parametrize("variant", ["spatial", "levels"])
+@pytest.mark.parametrize("variant", ["spatial", "levels", "interpolate"])
 def test_decoder_equals_its_plain_form(variant):
-    """If a modulation had once per step, or the one folded into the head, were another than the layer's own."""
+    """If a modulation had once per step, or the one folded into the head, were another than the layer's own, or a query did not
+    start from the latents around it."""
     model = tiny(variant)
     z = inputs(model)
     with torch.no_grad():
@@ -520,7 +532,7 @@ def test_activation_bytes_are_those_that_autograd_keeps():
 
 def whole(variant):
     """Small models in which several features meet, for the slow compiler."""
-    return {"spatial": lambda: tiny("levels", rope=True, token_dim=6), "linear": lambda: tiny("linear", depth=1),
+    return {"spatial": lambda: tiny("interpolate", levels=2, rope=True, token_dim=6), "linear": lambda: tiny("linear", depth=1),
             "perceiver": lambda: tiny("perceiver", depth=1, reread=True), "hash": lambda: tiny("hash", depth=1),
             "points": lambda: tiny("point tokens", depth=1)}[variant]()
 
@@ -584,6 +596,9 @@ def test_inductor_gives_the_same_numbers():
     ("point-tiny", dict(encoder="hash", points=500), ["500", "64"]),
     ("tiny", dict(levels=5), ["5", "levels"]),
     ("tiny", dict(levels=0), ["0", "levels"]),
+    ("tiny", dict(encoder_heads=12), ["12", "width", "128"]),
+    ("tiny", dict(encoder="perceiver", encoder_heads=16), ["16", "spatial"]),
+    ("tiny", dict(encoder="perceiver", interpolate=True), ["interpolate"]),
 ])
 def test_configurations_that_do_not_fit(name, changes, words):
     """If a wrong configuration failed late, or without saying in one line what does not fit."""

@@ -464,7 +464,7 @@ def test_shapenet(tmp_path):
 
 
 VARIANTS = [["--encoder", "linear"], ["--encoder", "perceiver"], ["--path", "cosine", "--times", "logit-normal"],
-            ["--path", "vp"], ["--rope"], ["--levels", "2"], ["--grad-checkpoint"], ["--dtype", "bfloat16"],
+            ["--path", "vp"], ["--rope"], ["--levels", "2"], ["--encoder-heads", "8"], ["--grad-checkpoint"], ["--dtype", "bfloat16"],
             ["--workers", "1"], ["--drop", "0", "--beta2", "0.9", "--clip", "1", "--warmup", "0"],
             ["--dataset", "solids", "--points", "64", "--encoder", "hash"],
             ["--solver", "heun", "--guidance", "1.5", "--seed", "3"]]
@@ -481,6 +481,18 @@ def test_variants_train_and_sample(tmp_path, flags):
         if flag.startswith("--") and not value.startswith("--"):
             stored = settings[flag[2:].replace("-", "_")]
             assert type(stored)(value) == stored
+
+
+def test_a_run_from_before_encoder_heads_goes_on_as_it_was(tmp_path):
+    """If a preset that has learnt an option changed the function of a run that was begun without it."""
+    out = trained(tmp_path / "run", "--steps", 1, "--encoder-heads", 0)
+    old = ckpt(out)
+    for part in (old["config"]["model"], old["config"]["settings"]):
+        del part["encoder_heads"]
+    torch.save(old, out / "ckpt.pt")
+    trained(out, "--resume", "auto", "--steps", 2)
+    assert ckpt(out)["config"]["model"]["encoder_heads"] == 0 and ckpt(out)["step"] == 2
+    assert "encoder_heads" in refused(*TINY, "--out", out, "--resume", "auto", "--steps", 3, "--encoder-heads", 8)
 
 
 def test_grad_checkpoint_trains_the_same(tmp_path):
