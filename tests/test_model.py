@@ -93,7 +93,7 @@ def test_attention_weights_of_the_window_encoder_matter():
     """If the softmax were flat (a lost query or scale), the plain form would agree with a mean: it must not."""
     torch.manual_seed(0)
     encoder = asft.WindowEncoder(32, 4)
-    assert tiny("interpolate").encoder.heads == 8 and tiny("spatial").encoder.heads == 2
+    assert tiny("interpolate").encoder.heads == 8 and tiny("spatial", encoder_heads=0).encoder.heads == 2
     latents, x = 3 * torch.randn(5, 32), 3 * torch.randn(5, 2, 16, 32)
     got = encoder(latents, x, lambda x: x)                                    # pairs that are embedded already
     close(got, plain_window_encoder(encoder, latents, x, 0))
