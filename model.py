@@ -96,7 +96,7 @@ def check(cfg):
         raise ValueError(f"{cfg.points} points are not divisible among {cfg.latents} latents")
     if cfg.rope and (cfg.domain != "image" or cfg.encoder == "perceiver"):
         raise ValueError("rope needs latents on a pixel grid: encoder 'spatial' or 'linear'")
-    if cfg.encoder_heads and (cfg.encoder not in ("spatial", "hash") or cfg.width % cfg.encoder_heads):
+    if cfg.encoder_heads and (cfg.encoder not in ("spatial", "hash") or cfg.encoder_heads < 0 or cfg.width % cfg.encoder_heads):
         raise ValueError(f"{cfg.encoder_heads} encoder heads need encoder 'spatial' or 'hash' and a width, {cfg.width}, that they divide")
     if cfg.interpolate and (cfg.domain != "image" or cfg.encoder == "perceiver"):
         raise ValueError("interpolate needs latents on a pixel grid: encoder 'spatial' or 'linear'")

@@ -8,7 +8,7 @@
 | linear   | App. B: ASFT-linear is a cheap variant                            | spatial, linear                                               |
 | switches | multi-level decoding, RoPE, logit-normal t, QK-norm               | one at a time                                                 |
 | ours     | not in the paper                                                  | encoder heads, latents added to the query, window size        |
-| defaults | not in the paper: the CPU recipe                                  | learning rate, schedule, t, EMA, one at a time                |
+| defaults | not in the paper: the CPU recipe                                  | learning rate, schedule, EMA, one at a time                   |
 | sampling | Sec. 4: guidance, solver, steps                                   | one model, quality against network evaluations                |
 | upscale  | Tab. 9: drawn at 4x 23.09, bilinear 35.05, bicubic 24.34          | trained at 32, at 64 and 128 against true pictures            |
 | clouds   | Tab. 4: 1-NNA, COV, MMD                                           | the CPU recipe, training shapes, simple baselines             |
@@ -26,7 +26,6 @@ the table of a result.
 """
 import argparse
 import json
-import math
 import statistics
 import sys
 from contextlib import contextmanager
@@ -46,6 +45,7 @@ import data  # noqa: E402
 import model as asft  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from glyph_report import convolutions, fit, patches, planes  # noqa: E402
 from metrics import clouds  # noqa: E402
 from metrics.frechet import frechet_distance  # noqa: E402
 from metrics.precision_recall import precision_recall  # noqa: E402
@@ -137,6 +137,8 @@ class Pictures:
         whole = data.Npz(args.data)
         if not whole.class_names:
             raise data.InputError(f"{args.data}: no `labels`; expected classes, for the classifier whose features are compared")
+        if len(whole) < 100:
+            raise data.InputError(f"{args.data}: {len(whole)} pictures; expected at least 100, for a classifier and a Frechet distance")
         self.res, self.classes = whole.res, len(whole.class_names)
         self.order, self.count = np.random.default_rng(0).permutation(len(whole)), len(whole) * 4 // 5
         self.train, self.test = self.split(whole)
@@ -176,29 +178,15 @@ class Judge:
 
     def __init__(self, path, known, held_out, classes, epochs=12):
         torch.manual_seed(0)
-        widths, layers = (3, 24, 48, 96), []
-        for a, b in zip(widths, widths[1:]):
-            layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
-        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, classes))
+        self.net = nn.Sequential(*convolutions(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, classes))
         if path.exists():
             self.net.load_state_dict(torch.load(path, weights_only=True))
         else:
-            self.fit(planes(known[0]), torch.from_numpy(known[1]), epochs)
+            fit(self.net, planes(known[0]), torch.from_numpy(known[1]), epochs, batch=64, weight_decay=0.05)
             data.write_atomic(path, lambda f: torch.save(self.net.state_dict(), f))
         self.net.eval()
         self.known = self.features(known[0])
         self.accuracy = float((self.features(held_out[0])[2] == torch.from_numpy(held_out[1])).float().mean())
-
-    def fit(self, x, y, epochs):
-        steps = epochs * (len(x) // 64)
-        optimizer = torch.optim.AdamW(self.net.parameters(), weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-        for step in tqdm(range(steps), desc="classifier"):
-            pick = [data.item_index(len(x), 1, step * 64 + j) for j in range(64)]
-            F.cross_entropy(self.net(x[pick]), y[pick]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
 
     @torch.no_grad()
     def features(self, pictures):
@@ -213,10 +201,6 @@ class Judge:
         precision, recall = precision_recall(self.known[0], deep)
         return dict(fd=distance(self.known[0], deep), pixels=distance(self.known[1], pixels), precision=precision, recall=recall,
                     read=100 * float((read == torch.as_tensor(labels)).float().mean()))
-
-
-def planes(pictures):
-    return torch.from_numpy(np.asarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def moments(x):
@@ -291,11 +275,10 @@ def drawn(task, arm, seed, n, guidance=1.0, solver=None, steps=None, size=None, 
     size, solver, steps = size or (task.res if task.domain == "image" else task.points), solver or task.solver, steps or task.steps_drawn
     path = run / f"drawn-{n}-{guidance:g}-{solver}-{steps}-{size}{f'-from-{first}' if first else ''}.npz"
     if not path.exists():
-        label, found, batch = task.label(n), [], 100 if task.domain == "points" or size <= 32 else 16
+        label, found = task.label(n), []
+        batch = (100 if size <= 32 else 16) if task.domain == "image" else 100 if size <= 10_000 else 1
         with changed(change):
             net = sample.load_model(sample.read_checkpoint(run), run)
-            if task.domain == "points" and size > 10_000:
-                batch = 1
             for start in tqdm(range(0, n, batch), desc=f"{arm}, seed {seed}: drawn"):
                 places = slice(start, min(n, start + batch))
                 with sample.autocast(torch.device("cpu"), torch.bfloat16 if train.bfloat16_cpu() else None):
@@ -327,27 +310,25 @@ def loss(run):
 # ---------------------------------------------------------------------------------------------------------
 # The claims
 
-def compare(task, claim, args):
+def compare(task, report, args):
     """Trains, samples and scores the arms of a claim."""
-    report = Report(task, claim)
-    fitting = [arm for arm in COMPARED[claim][1] if not arm.startswith("windows") or task.res % int(arm[-1]) == 0]
+    fitting = [arm for arm in COMPARED[report.found["claim"]][1] if not arm.startswith("windows") or task.res % int(arm[-1]) == 0]
     for seed in range(args.seeds):                      # a seed of every arm first: what is there can be compared at any time
         for arm in fitting:
             found, _ = drawn(task, arm, seed, task.n)
             report.add(arm, dict(seed=seed, **task.score(found), loss=loss(trained(task, arm, seed))), found, **cost(task, arm))
 
 
-def sampling(task, claim, args):
+def sampling(task, report, args):
     """Scores the samples of one model by guidance, solver and number of steps."""
-    report = Report(task, claim)
     for guidance, solver, steps in SAMPLING:
         found, nfe = drawn(task, "preset", 0, task.n, guidance, solver, steps)
         report.add(f"{solver} {steps}" + (f", guidance {guidance:g}" if guidance != 1 else ""), dict(seed=0, **task.score(found)), found, nfe=nfe)
 
 
-def upscale(task, claim, args):
+def upscale(task, report, args):
     """Tab. 9: drawn finer than trained, against enlargements of what is drawn at the size trained on."""
-    report = Report(task, claim)
+    report.found["floor"] = {}                          # that of the coarse pictures; here the true ones have a row at each size
     coarse = drawn(task, "preset", 0, task.n)[0]
     for path in args.fine or [task.out / f"glyphs{res}.npz" for res in (64, 128)]:
         if not args.fine:
@@ -367,19 +348,8 @@ def upscale(task, claim, args):
             report.add(f"{arm} at {whole.res}", dict(seed=0, **figures), found, classifier_accuracy=100 * judge.accuracy)
 
 
-def patches(pictures, side=8):
-    """Mean and covariance of the plain pixels of side x side patches: reduced pictures would not tell an enlargement from the truth."""
-    total, square, count = 0, 0, 0
-    for i in range(0, len(pictures), 100):
-        x = F.unfold(planes(pictures[i:i + 100]).double(), side, stride=side - 1).transpose(1, 2).flatten(0, 1)    # odd stride: every phase
-        total, square, count = total + x.sum(0), square + x.T @ x, count + len(x)
-    mean = total / count
-    return mean.numpy(), ((square - count * torch.outer(mean, mean)) / (count - 1)).numpy()
-
-
-def shapes(task, claim, args):
+def shapes(task, report, args):
     """Tab. 4, beside clouds that nobody had to learn."""
-    report = Report(task, claim)
     cov = np.cov(task.known.reshape(-1, 3).T)
     mean = task.known.reshape(-1, 3).mean(0)
     for seed in range(args.seeds):
@@ -395,9 +365,8 @@ def shapes(task, claim, args):
             report.add(arm, dict(seed=seed, **task.score(cloud)), cloud)
 
 
-def dense(task, claim, args, many=100_000, few=2048, objects=4, regions=64):
+def dense(task, report, args, many=100_000, few=2048, objects=4, regions=64):
     """Fig. 4b. The surface is what one half of the dense points shows; how far from it lie the others, and the sparse sample's?"""
-    report = Report(task, claim)
     sparse, full = drawn(task, "preset", 0, objects, size=few)[0], drawn(task, "preset", 0, objects, size=many)[0]
     for i in range(objects):
         surface, rest = (torch.from_numpy(part.copy()) for part in (full[i][::2], full[i][1::2]))
@@ -406,12 +375,10 @@ def dense(task, claim, args, many=100_000, few=2048, objects=4, regions=64):
         share = lambda points: np.bincount(np.linalg.norm(points[:, None] - centres, axis=-1).argmin(1), minlength=regions) / len(points)
         whole = share(full[i])
         apart = lambda p: 100 * 0.5 * float(np.abs(p - whole).sum())
-        chance = apart(rng.multinomial(few, whole) / few)
-        gap = {f"{many:,} points": nearest(rest, surface), f"{few:,} points": nearest(torch.from_numpy(sparse[i]), surface)}
-        for arm, distance in gap.items():
-            figures = dict(seed=i, median=1e3 * float(distance.median()), p99=1e3 * float(distance.quantile(0.99)),
-                           density=apart(share(sparse[i])) if arm.startswith(f"{few:,}") else None, chance=chance if arm.startswith(f"{few:,}") else None)
-            report.add(arm, {k: v for k, v in figures.items() if v is not None}, (full if arm.startswith(f"{many:,}") else sparse))
+        gap = lambda points: dict(median=1e3 * float((d := nearest(points, surface)).median()), p99=1e3 * float(d.quantile(0.99)))
+        report.add(f"{many:,} points", dict(seed=i, **gap(rest)), full)
+        report.add(f"{few:,} points", dict(seed=i, **gap(torch.from_numpy(sparse[i])), density=apart(share(sparse[i])),
+                                           chance=apart(rng.multinomial(few, whole) / few)), sparse)
 
 
 def nearest(points, surface):
@@ -447,7 +414,8 @@ class Report:
         """The figures of one seed of an arm, and what they were taken of."""
         row = self.found["arms"].setdefault(arm, dict(facts, seeds=[]))
         row["seeds"].append(figures)
-        self.sheet.setdefault(arm, self.task.show(items))
+        if arm not in self.sheet:
+            self.sheet[arm] = self.task.show(items)
         data.write_atomic(f"{self.stem}.json", lambda f: f.write(json.dumps(self.found, indent=1).encode()))
         sheet(self.sheet, f"{self.stem}.png")
         print(f"{arm}, seed {figures['seed']}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k != "seed"), flush=True)
@@ -506,9 +474,9 @@ def main(argv=None):
         args.data = "glyphs"
     args.steps = args.steps or steps
     task = kind(args)
-    claim(task, args.name, args)
-    stem = task.out / "results" / f"{args.name}-{task.stem}-{task.steps}"
-    print(f"\n{table(json.loads(Path(f'{stem}.json').read_text()))}\n\n{stem}.json and .png")
+    report = Report(task, args.name)
+    claim(task, report, args)
+    print(f"\n{table(report.found)}\n\n{report.stem}.json and .png")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Glyphs, encode_image, item_index                     # noqa: E402
+from metrics.frechet import frechet_distance                          # noqa: E402
 from sample import generate, load_model, read_checkpoint              # noqa: E402
 
 
@@ -32,45 +34,50 @@ def planes(pictures):
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_classifier(per_class=700, epochs=3):
-    """A small convolutional network on real renders of the training split, and its accuracy on the test split."""
-    torch.manual_seed(1)
+def convolutions():
+    """Layers that turn pictures (B, 3, R, R) into 96 maps of an eighth of the side."""
     widths, layers = (3, 24, 48, 96), []
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
-    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 16, 36))
-    x, y = planes(renders(32, 36 * per_class, "train")), torch.arange(36 * per_class) % 36
-    optimizer = torch.optim.AdamW(net.parameters())
-    steps = epochs * (len(x) // 128)
+    return layers
+
+
+def fit(net, x, y, epochs, batch, weight_decay):
+    """Trains a classifier on pictures x (n, 3, R, R) and classes y (n,)."""
+    steps = epochs * (len(x) // batch)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    for step in range(steps):
-        pick = [item_index(len(x), 1, step * 128 + j) for j in range(128)]
-        loss = F.cross_entropy(net(x[pick]), y[pick])
-        optimizer.zero_grad()
-        loss.backward()
+    for step in tqdm(range(steps), desc="classifier"):
+        pick = [item_index(len(x), 1, step * batch + j) for j in range(batch)]
+        F.cross_entropy(net(x[pick]), y[pick]).backward()
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
+
+
+def train_classifier(per_class=700, epochs=3):
+    """A small convolutional network on real renders of the training split, and its accuracy on the test split."""
+    torch.manual_seed(1)
+    net = nn.Sequential(*convolutions(), nn.Flatten(), nn.Linear(96 * 16, 36))
+    x, y = planes(renders(32, 36 * per_class, "train")), torch.arange(36 * per_class) % 36
+    fit(net, x, y, epochs, batch=128, weight_decay=0.01)
     net.eval()
     with torch.no_grad():
         right = net(planes(renders(32, 36 * 20, "test"))).argmax(1) == torch.arange(36 * 20) % 36
     return net, right.float().mean().item()
 
 
-def frechet(a, b, side=8):
-    """Frechet distance of Gaussians fitted to the plain pixels of all side x side patches of pictures (n, H, W, 3).
+def patches(pictures, side=8):
+    """Mean and covariance of the plain pixels of all side x side patches of pictures (n, H, W, 3), a few pictures at a time.
 
     Patches, because Gaussians of whole pictures need far more than a few hundred of them: with 36 pictures of 49,152
     numbers each, true renders scored worse than blurred samples."""
-    def moments(pictures):
-        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).double() / 127.5 - 1
-        x = F.unfold(x, side, stride=side - 1).transpose(1, 2).flatten(0, 1)              # odd stride: every phase
-        return x.mean(0), torch.cov(x.T)
-
-    (m1, c1), (m2, c2) = moments(a), moments(b)
-    values, vectors = torch.linalg.eigh(c1)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp_min(0).sqrt().sum()
-    return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
+    total, square, count = 0, 0, 0
+    for i in range(0, len(pictures), 100):
+        x = F.unfold(planes(pictures[i:i + 100]).double(), side, stride=side - 1).transpose(1, 2).flatten(0, 1)    # odd stride: every phase
+        total, square, count = total + x.sum(0), square + x.T @ x, count + len(x)
+    mean = total / count
+    return mean.numpy(), ((square - count * torch.outer(mean, mean)) / (count - 1)).numpy()
 
 
 def textures(pictures):
@@ -141,7 +148,7 @@ def main():
         enlarge = lambda how: [np.asarray(Image.fromarray(p).resize((128, 128), how)) for p in coarse[:args.fine]]
         arms = {"drawn at 128": samples(args.fine, 128), "bilinear": enlarge(Image.BILINEAR),
                 "bicubic": enlarge(Image.BICUBIC), "true renders (floor)": list(renders(128, 36 * 40, "train")[-args.fine:])}
-        report["frechet_patches_128"] = {k: frechet(v, true) for k, v in arms.items()}
+        report["frechet_patches_128"] = {k: frechet_distance(*patches(v), *patches(true)) for k, v in arms.items()}
         report["sharpness_128"] = {k: sharpness(v) for k, v in arms.items()}
         report["grid_energy_128"] = {k: grid_energy(v, 128 // 8) for k, v in arms.items()}
     print(json.dumps(report, indent=1))

@@ -23,14 +23,14 @@ def loss_until(step, curve=CURVE, steps=100):
 def test_default_loss_follows_the_shipped_curve(tmp_path, monkeypatch):
     """A change that slows or breaks learning of the default preset moves the loss away from the shipped curve of a whole run.
 
-    Seed 0, the first 150 steps of the recipe's schedule; 5 % allowed: float32 in place of bfloat16 moved it by 1 %."""
+    Seed 0, the first 150 steps of the recipe's schedule; float32 in place of bfloat16 moved it by 0.7 %, 3 % is allowed."""
     rate = train.learning_rate
     monkeypatch.setattr(train, "learning_rate", lambda args, step: rate(argparse.Namespace(**{**vars(args), "steps": CURVE[-1]["step"]}), step))
     train.main(["--steps", "150", "--sample-every", "100000", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")])
     found = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in found] == [row["step"] for row in CURVE[:15]]
     for step in (50, 100, 150):
-        assert abs(loss_until(step, found, 50) / loss_until(step, steps=50) - 1) < 0.05
+        assert abs(loss_until(step, found, 50) / loss_until(step, steps=50) - 1) < 0.03
     assert abs(found[0]["loss"] / CURVE[0]["loss"] - 1) < 0.01               # same data, noise and start
 
 

@@ -597,6 +597,7 @@ def test_inductor_gives_the_same_numbers():
     ("tiny", dict(levels=5), ["5", "levels"]),
     ("tiny", dict(levels=0), ["0", "levels"]),
     ("tiny", dict(encoder_heads=12), ["12", "width", "128"]),
+    ("tiny", dict(encoder_heads=-16), ["-16", "width"]),
     ("tiny", dict(encoder="perceiver", encoder_heads=16), ["16", "spatial"]),
     ("tiny", dict(encoder="perceiver", interpolate=True), ["interpolate"]),
 ])
