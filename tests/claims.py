@@ -100,8 +100,11 @@ def arms(task):
 @cache
 def perceiver_width(res):
     """The width at which the PerceiverIO has most nearly as many parameters as the spatial model of width 128."""
-    count = lambda **changes: asft.forward_flops(asft.config("tiny", res=res, latents=(res // 4) ** 2, encoder_heads=0,
-                                                             **changes), 16)[1]
+    def count(**changes):
+        with torch.device("meta"):
+            model = asft.ASFT(asft.config("tiny", res=res, latents=(res // 4) ** 2, **changes))
+        return sum(p.numel() for p in model.parameters())
+
     goal = count()
     return min(range(96, 161, 4), key=lambda width: abs(count(encoder="perceiver", width=width) - goal))
 
