@@ -3,7 +3,7 @@
 | NAME     | the paper                                                         | compared here, with the same steps, batch and seeds           |
 |----------|-------------------------------------------------------------------|---------------------------------------------------------------|
 | latents  | Tab. 8: spatial-aware latents 7.03, vanilla PerceiverIO 65.09     | spatial, perceiver (as many parameters)                       |
-| decoded  | Fig. 3b: decoding fewer pairs costs little and saves FLOPs        | 1/16, 1/8, 1/4, 1/2 and all pairs of a training picture       |
+| decoded  | Fig. 3b: decoding fewer pairs costs little and saves FLOPs        | 1/16 to all pairs of a picture; 1/16, all at the FLOPs of 1/4 |
 | widths   | Fig. 3a: larger models are better                                 | width 64, 128, 256                                            |
 | linear   | App. B: ASFT-linear is a cheap variant                            | spatial, linear                                               |
 | switches | multi-level decoding, RoPE, logit-normal t, QK-norm               | one at a time                                                 |
@@ -72,13 +72,15 @@ def changed(change):
 
 
 def arms(task):
-    """Arms by name: (flags of train.py, change of the code). `spatial` is the paper's form, `preset` that of the CPU recipe."""
+    """Arms by name: (flags of train.py, change of the code). `spatial` is the paper's form, `preset` that of the CPU recipe, which has
+    16 heads in the encoder; decoded, widths and switches are changes of it, the others of `spatial`."""
     if task.domain == "points":
         return {"preset": ([], None)}
     pairs, side = task.res ** 2, task.res // 4                        # windows of 4 x 4 pixels, as in preset tiny
     latents, decode = ["--latents", side ** 2], ["--decode", pairs // 4]
     preset, plain = latents + decode, ["--encoder-heads", 0]          # the paper has as many heads in the encoder as elsewhere
     base = preset + plain
+    at_equal_flops = lambda share: round(task.steps * flops(task.res, pairs // 4) / flops(task.res, pairs // share))
     windows = lambda p: (["--latents", (task.res // p) ** 2, *decode, *plain], None)
     return {
         "spatial": (base, None), "linear": ([*base, "--encoder", "linear"], None),
@@ -87,10 +89,11 @@ def arms(task):
         "interpolated": ([*base, "--interpolate"], None), "16, interpolated": ([*preset, "--encoder-heads", 16, "--interpolate"], None),
         "windows 2 x 2": windows(2), "windows 7 x 7": windows(7), "windows 8 x 8": windows(8),
         "preset": (preset, None),
-        **{f"decoded 1/{share}": (latents + plain + ["--decode", pairs // share], None) for share in (16, 8, 2, 1)},
-        "width 64": ([*base, "--width", 64], None), "width 256": ([*base, "--width", 256], None),
-        "2 levels": ([*base, "--levels", 2], None), "RoPE": ([*base, "--rope"], None),
-        "uniform t": ([*base, "--times", "uniform"], None), "no QK-norm": (base, "no QK-norm"),
+        **{f"decoded 1/{share}": ([*latents, "--decode", pairs // share], None) for share in (16, 8, 2, 1)},
+        **{f"decoded 1/{share}, FLOPs of 1/4": ([*latents, "--decode", pairs // share, "--steps", at_equal_flops(share)], None) for share in (16, 1)},
+        "width 64": ([*preset, "--width", 64], None), "width 256": ([*preset, "--width", 256], None),
+        "2 levels": ([*preset, "--levels", 2], None), "RoPE": ([*preset, "--rope"], None),
+        "uniform t": ([*preset, "--times", "uniform"], None), "no QK-norm": (preset, "no QK-norm"),
         "lr 1e-3": ([*preset, "--lr", 1e-3], None), "lr 4e-3": ([*preset, "--lr", 4e-3], None),
         "constant lr": ([*preset, "--schedule", "constant"], None),
         "EMA 0.99": ([*preset, "--ema", 0.99], None), "no EMA warm-up": (preset, "no EMA warm-up"),
@@ -109,12 +112,19 @@ def perceiver_width(res):
     return min(range(96, 161, 4), key=lambda width: abs(count(encoder="perceiver", width=width) - goal))
 
 
+@cache
+def flops(res, decode):
+    """Forward FLOPs of a training picture under preset tiny."""
+    return asft.forward_flops(asft.config("tiny", res=res, latents=(res // 4) ** 2), decode)[0]
+
+
 COMPARED = {          # claim -> default of --steps, arms
     "latents": (2000, ("spatial", "perceiver")),
-    "decoded": (1000, ("spatial", "decoded 1/16", "decoded 1/8", "decoded 1/2", "decoded 1/1")),
-    "widths": (1000, ("spatial", "width 64", "width 256")),
+    "decoded": (2000, ("encoder heads 16", "decoded 1/16", "decoded 1/8", "decoded 1/2", "decoded 1/1", "decoded 1/16, FLOPs of 1/4",
+                       "decoded 1/1, FLOPs of 1/4")),
+    "widths": (2000, ("encoder heads 16", "width 64", "width 256")),
     "linear": (2000, ("spatial", "linear")),
-    "switches": (1000, ("spatial", "2 levels", "RoPE", "uniform t", "no QK-norm")),
+    "switches": (2000, ("encoder heads 16", "2 levels", "RoPE", "uniform t", "no QK-norm")),
     "ours": (2000, ("spatial", "encoder heads 16", "encoder heads 64", "interpolated", "16, interpolated", "windows 2 x 2", "windows 7 x 7",
                     "windows 8 x 8")),
     "defaults": (1000, ("preset", "lr 1e-3", "lr 4e-3", "constant lr", "EMA 0.99", "no EMA warm-up")),
@@ -264,9 +274,10 @@ def trained(task, arm, seed):
     out = task.out / "arms" / f"{task.stem}-{task.steps}" / f"{arm.replace('/', '_').replace(' ', '-')}-seed{seed}"
     with changed(change):
         if not (out / "done").exists():
-            train.main([str(word) for word in (*task.flags, *flags, "--steps", task.steps, "--seed", seed, "--device", "cpu", "--out", out,
+            train.main([str(word) for word in (*task.flags, "--steps", task.steps, *flags, "--seed", seed, "--device", "cpu", "--out", out,
                                                "--resume", "auto", "--sample-every", 10 ** 9, "--keep", 0)])
-            if json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] < task.steps:     # Ctrl-C saves, and returns
+            steps = json.loads((out / "config.json").read_text())["settings"]["steps"]
+            if json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] < steps:          # Ctrl-C saves, and returns
                 sys.exit(f"{out}: interrupted; the same command goes on from there")
             (out / "done").touch()
     return out
@@ -299,9 +310,10 @@ def cost(task, arm):
     """Parameters, forward GFLOP of a training sample, and training PFLOP of an arm (backward: twice the forward)."""
     run = trained(task, arm, 0)
     config = sample.read_checkpoint(run)["config"]
+    settings = config["settings"]
     with changed(arms(task)[arm][1]):
-        flops, parameters = asft.forward_flops(asft.Config(**config["model"]), config["settings"]["decode"])
-    return dict(parameters=parameters / 1e6, gflop=flops / 1e9, training_pflop=3 * flops * config["settings"]["batch_size"] * task.steps / 1e15)
+        forward, parameters = asft.forward_flops(asft.Config(**config["model"]), settings["decode"])
+    return dict(parameters=parameters / 1e6, gflop=forward / 1e9, training_pflop=3 * forward * settings["batch_size"] * settings["steps"] / 1e15)
 
 
 def loss(run):
@@ -340,7 +352,7 @@ def upscale(task, report, args):
         if len(whole) != len(task.order):
             raise data.InputError(f"{path}: {len(whole)} pictures; expected the {len(task.order)} of --data, finer")
         known, held_out = task.split(whole)
-        judge = Judge(task.out / f"{Path(path).stem}-classifier.pt", known, held_out, task.classes, 4)
+        judge = Judge(task.out / f"{Path(path).stem}-classifier.pt", known, held_out, task.classes, max(4, 32_000 // len(known[0])))
         enlarged = lambda how: np.stack([np.asarray(Image.fromarray(p).resize((whole.res, whole.res), how)) for p in coarse])
         rows = {"drawn": drawn(task, "preset", 0, task.n, size=whole.res)[0], "bilinear": enlarged(Image.Resampling.BILINEAR),
                 "bicubic": enlarged(Image.Resampling.BICUBIC), "true pictures, held out": held_out[0][:task.n]}
@@ -389,14 +401,14 @@ def nearest(points, surface):
     return torch.cat([torch.cdist(part, surface).amin(1) for part in points.split(500)])
 
 
-CLAIMS = {**{name: (Pictures, compare, steps) for name, (steps, _) in COMPARED.items()}, "sampling": (Pictures, sampling, 1000), "upscale": (Pictures, upscale, 8000),
+CLAIMS = {**{name: (Pictures, compare, steps) for name, (steps, _) in COMPARED.items()}, "sampling": (Pictures, sampling, 1000), "upscale": (Pictures, upscale, 10_000),
           "clouds": (Clouds, shapes, 6000), "dense": (Clouds, dense, 6000)}      # what of, how, default of --steps
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Results
 
-COLUMNS = {"parameters": ("parameters", "{:.2f}M"), "gflop": ("forward GFLOP", "{:.3f}"), "nfe": ("NFE", "{}"),
+COLUMNS = {"parameters": ("parameters", "{:.2f}M"), "gflop": ("forward GFLOP", "{:.3f}"), "training_pflop": ("training PFLOP", "{:.1f}"), "nfe": ("NFE", "{}"),
            "fd": ("Frechet distance", "{:.3g}"), "pixels": ("pixels", "{:.3g}"), "precision": ("precision", "{:.2f}"),
            "recall": ("recall", "{:.2f}"), "read": ("read as its class, %", "{:.0f}"), "loss": ("loss", "{:.3f}"),
            "1nna_cd": ("1-NNA CD", "{:.1f}"), "1nna_emd": ("1-NNA EMD", "{:.1f}"), "cov_cd": ("COV CD", "{:.1f}"),
@@ -463,7 +475,7 @@ def main(argv=None):
     p.add_argument("--data", help="pictures: .npz with images and labels (default: built-in glyphs); clouds: tree of ShapeNet's (default: built-in solids)")
     p.add_argument("--fine", nargs="+", help="upscale: the same pictures, finer, .npz (default: built-in glyphs at 64 and 128)")
     p.add_argument("--category", default="airplane", help="of clouds (default: airplane)")
-    p.add_argument("--steps", type=sample.positive, help="of every arm (default: pictures 1,000 or 2,000, upscale 8,000, clouds 6,000)")
+    p.add_argument("--steps", type=sample.positive, help="of every arm (default: pictures 1,000 or 2,000, upscale 10,000, clouds 6,000)")
     p.add_argument("--n", type=sample.positive, default=300, help="pictures drawn of every arm (default: 300)")
     p.add_argument("--seeds", type=sample.positive, default=3, help="trainings of every arm; of clouds: sets of samples (default: 3)")
     p.add_argument("--out", default="runs/claims")
