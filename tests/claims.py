@@ -12,13 +12,14 @@
 | sampling | Sec. 4: guidance, solver, steps                                   | one model, quality against network evaluations                |
 | upscale  | Tab. 9: drawn at 4x 23.09, bilinear 35.05, bicubic 24.34          | trained at 32, at 64 and 128 against true pictures            |
 | clouds   | Tab. 4: 1-NNA, COV, MMD                                           | the CPU recipe, training shapes, simple baselines             |
+| settings | not in the paper: the CPU recipe of clouds                        | learning rate, distribution of t, one at a time               |
 | dense    | Fig. 4b: 50 x denser clouds                                       | 100,000 points against 2,048 of the same samples              |
 
 Pictures: --data is an .npz with `images` and `labels` (default: 10,000 of the built-in glyphs); four fifths are trained on, the rest is
 held out. Frechet distance, precision and recall are of the 96 features of a classifier trained here on the same four fifths, `pixels` is
 the Frechet distance of pictures reduced to 8 x 8; the reference is what was trained on, `floor` is what the held-out pictures get. Samples
 are 0 to n-1 of seed 0, classes in turn, without guidance, Euler 25, averaged weights, but for `sampling`. Clouds: --data is a tree of
-ShapeNet's with --category (default: the built-in solids).
+ShapeNet's with --category (default: the built-in solids); SDE 250.
 
 Everything is a function of --data, --steps and the seeds. What is finished is kept in --out (default: runs/claims) and not done again, an
 interrupted training goes on. Writes results/NAME-SET-STEPS.json and .png there, and prints the table. `claims.py show FILE.json` prints
@@ -75,7 +76,8 @@ def arms(task):
     """Arms by name: (flags of train.py, change of the code). `spatial` is the paper's form, `preset` that of the CPU recipe, which has
     16 heads in the encoder; decoded, widths and switches are changes of it, the others of `spatial`."""
     if task.domain == "points":
-        return {"preset": ([], None)}
+        return {"preset": ([], None), "lr 1e-3": (["--lr", 1e-3], None), "lr 4e-3": (["--lr", 4e-3], None),
+                "logit-normal t": (["--times", "logit-normal"], None)}
     pairs, side = task.res ** 2, task.res // 4                        # windows of 4 x 4 pixels, as in preset tiny
     latents, decode = ["--latents", side ** 2], ["--decode", pairs // 4]
     preset, plain = latents + decode, ["--encoder-heads", 0]          # the paper has as many heads in the encoder as elsewhere
@@ -128,6 +130,7 @@ COMPARED = {          # claim -> default of --steps, arms
     "ours": (2000, ("spatial", "encoder heads 16", "encoder heads 64", "interpolated", "16, interpolated", "windows 2 x 2", "windows 7 x 7",
                     "windows 8 x 8")),
     "defaults": (1000, ("preset", "lr 1e-3", "lr 4e-3", "constant lr", "EMA 0.99", "no EMA warm-up")),
+    "settings": (1500, ("preset", "lr 1e-3", "lr 4e-3", "logit-normal t")),
 }
 
 SAMPLING = [*((1.0, "euler", steps) for steps in (5, 10, 25, 50)), *((guidance, "euler", 25) for guidance in (1.5, 2.0, 3.0)),
@@ -401,8 +404,9 @@ def nearest(points, surface):
     return torch.cat([torch.cdist(part, surface).amin(1) for part in points.split(500)])
 
 
-CLAIMS = {**{name: (Pictures, compare, steps) for name, (steps, _) in COMPARED.items()}, "sampling": (Pictures, sampling, 1000), "upscale": (Pictures, upscale, 10_000),
-          "clouds": (Clouds, shapes, 6000), "dense": (Clouds, dense, 6000)}      # what of, how, default of --steps
+CLAIMS = {**{name: (Clouds if name == "settings" else Pictures, compare, steps) for name, (steps, _) in COMPARED.items()},
+          "sampling": (Pictures, sampling, 1000), "upscale": (Pictures, upscale, 10_000), "clouds": (Clouds, shapes, 6000),
+          "dense": (Clouds, dense, 6000)}                                # what of, how, default of --steps
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -475,7 +479,7 @@ def main(argv=None):
     p.add_argument("--data", help="pictures: .npz with images and labels (default: built-in glyphs); clouds: tree of ShapeNet's (default: built-in solids)")
     p.add_argument("--fine", nargs="+", help="upscale: the same pictures, finer, .npz (default: built-in glyphs at 64 and 128)")
     p.add_argument("--category", default="airplane", help="of clouds (default: airplane)")
-    p.add_argument("--steps", type=sample.positive, help="of every arm (default: pictures 1,000 or 2,000, upscale 10,000, clouds 6,000)")
+    p.add_argument("--steps", type=sample.positive, help="of every arm (default: pictures 1,000 or 2,000, upscale 10,000, clouds 6,000, settings 1,500)")
     p.add_argument("--n", type=sample.positive, default=300, help="pictures drawn of every arm (default: 300)")
     p.add_argument("--seeds", type=sample.positive, default=3, help="trainings of every arm; of clouds: sets of samples (default: 3)")
     p.add_argument("--out", default="runs/claims")
