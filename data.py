@@ -736,9 +736,11 @@ def read_npz(path, keys):
     key = None
     try:
         with open(path, "rb") as file:
+            start = file.read(6)
+            if not start.startswith(b"PK"):
+                raise ValueError("it is a single .npy array" if start == b"\x93NUMPY" else "it is no zip archive, as an .npz is")
+            file.seek(0)
             archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.ndarray):
-                raise ValueError("it is a single .npy array")
             harmless(archive.zip, path)
             arrays = {}
             for key in keys:

@@ -2,13 +2,13 @@
 
 | NAME     | the paper                                                         | compared here, with the same steps, batch and seeds           |
 |----------|-------------------------------------------------------------------|---------------------------------------------------------------|
-| latents  | Tab. 8: spatial-aware latents 7.03, vanilla PerceiverIO 65.09     | spatial, perceiver (as many parameters)                       |
+| latents  | Tab. 8: spatial-aware latents 7.03, vanilla PerceiverIO 65.09     | spatial, perceiver (as many parameters, two learning rates)   |
 | decoded  | Fig. 3b: decoding fewer pairs costs little and saves FLOPs        | 1/16 to all pairs of a picture; 1/16, all at the FLOPs of 1/4 |
 | widths   | Fig. 3a: larger models are better                                 | width 64, 128, 256                                            |
 | linear   | App. B: ASFT-linear is a cheap variant                            | spatial, linear                                               |
 | switches | multi-level decoding, RoPE, logit-normal t, QK-norm               | one at a time                                                 |
 | ours     | not in the paper                                                  | encoder heads, latents added to the query, window size        |
-| defaults | not in the paper: the CPU recipe                                  | learning rate, schedule, EMA, one at a time                   |
+| defaults | not in the paper: the CPU recipe                                  | learning rate, schedule, EMA's warm-up, one at a time         |
 | sampling | Sec. 4: guidance, solver, steps                                   | one model, quality against network evaluations                |
 | upscale  | Tab. 9: drawn at 4x 23.09, bilinear 35.05, bicubic 24.34          | trained at 32, at 64 and 128 against true pictures            |
 | clouds   | Tab. 4: 1-NNA, COV, MMD                                           | the CPU recipe, training shapes, simple baselines             |
@@ -17,16 +17,18 @@
 
 Pictures: --data is an .npz with `images` and `labels` (default: 10,000 of the built-in glyphs); four fifths are trained on, the rest is
 held out. Frechet distance, precision and recall are of the 96 features of a classifier trained here on the same four fifths, `pixels` is
-the Frechet distance of pictures reduced to 8 x 8; the reference is what was trained on, `floor` is what the held-out pictures get. Samples
-are 0 to n-1 of seed 0, classes in turn, without guidance, Euler 25, averaged weights, but for `sampling`. Clouds: --data is a tree of
-ShapeNet's with --category (default: the built-in solids); SDE 250.
+the Frechet distance of pictures reduced to 8 x 8; the reference is what was trained on, `floor` is what the first n held-out pictures get.
+Samples are 0 to n-1 of seed 0, classes in turn, without guidance, Euler 25, averaged weights, but for `sampling`. Clouds: --data is a tree
+of ShapeNet's with --category (default: the built-in solids); SDE 250.
 
-Everything is a function of --data, --steps and the seeds. What is finished is kept in --out (default: runs/claims) and not done again, an
-interrupted training goes on. Writes results/NAME-SET-STEPS.json and .png there, and prints the table. `claims.py show FILE.json` prints
-the table of a result.
+On one machine everything is a function of --data, --steps and the seeds. What is finished is kept in --out (default: runs/claims) and not
+done again, an interrupted training goes on; what was made of other data, or with other flags, is refused. Ends with
+results/NAME-SET-STEPS.json and .png there, and the table. `claims.py show FILE.json` prints the table of a result.
 """
 import argparse
+import hashlib
 import json
+import pickle
 import statistics
 import sys
 from contextlib import contextmanager
@@ -82,11 +84,12 @@ def arms(task):
     latents, decode = ["--latents", side ** 2], ["--decode", pairs // 4]
     preset, plain = latents + decode, ["--encoder-heads", 0]          # the paper has as many heads in the encoder as elsewhere
     base = preset + plain
+    perceiver = [*base, "--encoder", "perceiver", "--width", perceiver_width(task.res)]
     at_equal_flops = lambda share: round(task.steps * flops(task.res, pairs // 4) / flops(task.res, pairs // share))
     windows = lambda p: (["--latents", (task.res // p) ** 2, *decode, *plain], None)
     return {
         "spatial": (base, None), "linear": ([*base, "--encoder", "linear"], None),
-        "perceiver": ([*base, "--encoder", "perceiver", "--width", perceiver_width(task.res)], None),
+        "perceiver": (perceiver, None), "perceiver, lr 1e-3": ([*perceiver, "--lr", 1e-3], None),
         "encoder heads 16": ([*preset, "--encoder-heads", 16], None), "encoder heads 64": ([*preset, "--encoder-heads", 64], None),
         "interpolated": ([*base, "--interpolate"], None), "16, interpolated": ([*preset, "--encoder-heads", 16, "--interpolate"], None),
         "windows 2 x 2": windows(2), "windows 7 x 7": windows(7), "windows 8 x 8": windows(8),
@@ -98,7 +101,7 @@ def arms(task):
         "uniform t": ([*preset, "--times", "uniform"], None), "no QK-norm": (preset, "no QK-norm"),
         "lr 1e-3": ([*preset, "--lr", 1e-3], None), "lr 4e-3": ([*preset, "--lr", 4e-3], None),
         "constant lr": ([*preset, "--schedule", "constant"], None),
-        "EMA 0.99": ([*preset, "--ema", 0.99], None), "no EMA warm-up": (preset, "no EMA warm-up"),
+        "no EMA warm-up": (preset, "no EMA warm-up"),
     }
 
 
@@ -121,7 +124,7 @@ def flops(res, decode):
 
 
 COMPARED = {          # claim -> default of --steps, arms
-    "latents": (2000, ("spatial", "perceiver")),
+    "latents": (2000, ("spatial", "perceiver", "perceiver, lr 1e-3")),
     "decoded": (2000, ("encoder heads 16", "decoded 1/16", "decoded 1/8", "decoded 1/2", "decoded 1/1", "decoded 1/16, FLOPs of 1/4",
                        "decoded 1/1, FLOPs of 1/4")),
     "widths": (2000, ("encoder heads 16", "width 64", "width 256")),
@@ -129,7 +132,7 @@ COMPARED = {          # claim -> default of --steps, arms
     "switches": (2000, ("encoder heads 16", "2 levels", "RoPE", "uniform t", "no QK-norm")),
     "ours": (2000, ("spatial", "encoder heads 16", "encoder heads 64", "interpolated", "16, interpolated", "windows 2 x 2", "windows 7 x 7",
                     "windows 8 x 8")),
-    "defaults": (1000, ("preset", "lr 1e-3", "lr 4e-3", "constant lr", "EMA 0.99", "no EMA warm-up")),
+    "defaults": (1000, ("preset", "lr 1e-3", "lr 4e-3", "constant lr", "no EMA warm-up")),
     "settings": (1500, ("preset", "lr 1e-3", "lr 4e-3", "logit-normal t")),
 }
 
@@ -146,8 +149,8 @@ class Pictures:
 
     def __init__(self, args):
         self.out, self.steps, self.n, self.stem = Path(args.out), args.steps, args.n, Path(args.data).stem
-        self.out.mkdir(parents=True, exist_ok=True)
         if args.data == "glyphs":
+            self.out.mkdir(parents=True, exist_ok=True)
             args.data = self.out / "glyphs.npz"
             store_glyphs(args.data, 32)
         whole = data.Npz(args.data)
@@ -156,8 +159,15 @@ class Pictures:
         if len(whole) < 100:
             raise data.InputError(f"{args.data}: {len(whole)} pictures; expected at least 100, for a classifier and a Frechet distance")
         self.res, self.classes = whole.res, len(whole.class_names)
+        if self.res % 4 or self.res < 8:
+            raise data.InputError(f"{args.data}: pictures of {self.res} pixels; expected a multiple of 4 from 8 on, for windows of 4 x 4")
         self.order, self.count = np.random.default_rng(0).permutation(len(whole)), len(whole) * 4 // 5
         self.train, self.test = self.split(whole)
+        missing = [whole.class_names[k] for k in set(range(self.classes)) - set(self.train[1].tolist())]
+        if missing or self.classes < 2:
+            raise data.InputError(f"{args.data}: {f'no picture of {missing[0]!r}' if missing else 'one class'} in the four fifths trained on; "
+                                  f"expected two classes or more, each with pictures there")
+        keep(self.out / f"{self.stem}-train.json", dict(source=sha256(args.data)), f"made of another {Path(args.data).name}")
         file = self.out / f"{self.stem}-train.npz"
         if not file.exists():
             data.write_atomic(file, lambda f: np.savez(f, images=self.train[0], labels=self.train[1]))
@@ -176,10 +186,25 @@ class Pictures:
         return self.judge.score(pictures, self.label(len(pictures)))
 
     def floor(self):
-        return self.judge.score(*self.test)
+        return self.judge.score(*(part[:self.n] for part in self.test))
 
     def show(self, pictures):
         return list(pictures[:16])
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def keep(path, facts, otherwise):
+    """Stores how something was made, as JSON. Raises InputError where it is there already, made in another way."""
+    words = json.dumps(facts, default=str)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.write_atomic(path, lambda f: f.write(words.encode()))
+    elif path.read_text() != words:
+        raise data.InputError(f"{path}: {otherwise}; expected another --out")
 
 
 def store_glyphs(path, res, count=10_000):
@@ -196,7 +221,10 @@ class Judge:
         torch.manual_seed(0)
         self.net = nn.Sequential(*convolutions(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, classes))
         if path.exists():
-            self.net.load_state_dict(torch.load(path, weights_only=True))
+            try:
+                self.net.load_state_dict(torch.load(path, weights_only=True))
+            except (RuntimeError, EOFError, pickle.UnpicklingError):
+                raise data.InputError(f"{path}: damaged, or of other classes; expected the classifier trained before: delete it") from None
         else:
             fit(self.net, planes(known[0]), torch.from_numpy(known[1]), epochs, batch=64, weight_decay=0.05)
             data.write_atomic(path, lambda f: torch.save(self.net.state_dict(), f))
@@ -275,14 +303,17 @@ def trained(task, arm, seed):
     """The run directory of an arm, trained to its end."""
     flags, change = arms(task)[arm]
     out = task.out / "arms" / f"{task.stem}-{task.steps}" / f"{arm.replace('/', '_').replace(' ', '-')}-seed{seed}"
+    how = [str(word) for word in flags] + [change]
+    if (out / "done").exists():
+        keep(out / "done", how, "trained with other flags than this arm has now")
+        return out
     with changed(change):
-        if not (out / "done").exists():
-            train.main([str(word) for word in (*task.flags, "--steps", task.steps, *flags, "--seed", seed, "--device", "cpu", "--out", out,
-                                               "--resume", "auto", "--sample-every", 10 ** 9, "--keep", 0)])
-            steps = json.loads((out / "config.json").read_text())["settings"]["steps"]
-            if json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] < steps:          # Ctrl-C saves, and returns
-                sys.exit(f"{out}: interrupted; the same command goes on from there")
-            (out / "done").touch()
+        train.main([str(word) for word in (*task.flags, "--steps", task.steps, *flags, "--seed", seed, "--device", "cpu", "--out", out,
+                                           "--resume", "auto", "--sample-every", 10 ** 9, "--keep", 0)])
+    steps = json.loads((out / "config.json").read_text())["settings"]["steps"]
+    if json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] < steps:                  # train.py saves on Ctrl-C, and returns
+        raise KeyboardInterrupt
+    keep(out / "done", how, "")
     return out
 
 
@@ -310,13 +341,13 @@ def drawn(task, arm, seed, n, guidance=1.0, solver=None, steps=None, size=None, 
 
 
 def cost(task, arm):
-    """Parameters, forward GFLOP of a training sample, and training PFLOP of an arm (backward: twice the forward)."""
+    """Parameters, forward GFLOP of a training sample, and training TFLOP of an arm (backward: twice the forward)."""
     run = trained(task, arm, 0)
     config = sample.read_checkpoint(run)["config"]
     settings = config["settings"]
     with changed(arms(task)[arm][1]):
         forward, parameters = asft.forward_flops(asft.Config(**config["model"]), settings["decode"])
-    return dict(parameters=parameters / 1e6, gflop=forward / 1e9, training_pflop=3 * forward * settings["batch_size"] * settings["steps"] / 1e15)
+    return dict(parameters=parameters / 1e6, gflop=forward / 1e9, training_tflop=3 * forward * settings["batch_size"] * settings["steps"] / 1e12)
 
 
 def loss(run):
@@ -347,14 +378,20 @@ def sampling(task, report, args):
 def upscale(task, report, args):
     """Tab. 9: drawn finer than trained, against enlargements of what is drawn at the size trained on."""
     report.found["floor"] = {}                          # that of the coarse pictures; here the true ones have a row at each size
-    coarse = drawn(task, "preset", 0, task.n)[0]
-    for path in args.fine or [task.out / f"glyphs{res}.npz" for res in (64, 128)]:
+    paths = args.fine or [task.out / f"glyphs{res}.npz" for res in (64, 128)]
+    for path in paths:
         if not args.fine:
             store_glyphs(path, int(path.stem[6:]))
         whole = data.Npz(path)
-        if len(whole) != len(task.order):
-            raise data.InputError(f"{path}: {len(whole)} pictures; expected the {len(task.order)} of --data, finer")
+        if len(whole) != len(task.order) or (whole.labels[task.order] != np.concatenate([task.train[1], task.test[1]])).any():
+            raise data.InputError(f"{path}: other pictures or labels than --data has; expected the same {len(task.order)}, finer")
+        if whole.res <= task.res or whole.res % 8:
+            raise data.InputError(f"{path}: pictures of {whole.res} pixels; expected a multiple of 8, more than the {task.res} of --data")
+    coarse = drawn(task, "preset", 0, task.n)[0]
+    for path in paths:
+        whole = data.Npz(path)
         known, held_out = task.split(whole)
+        keep(task.out / f"{Path(path).stem}-classifier.json", dict(source=sha256(path)), f"made of another {Path(path).name}")
         judge = Judge(task.out / f"{Path(path).stem}-classifier.pt", known, held_out, task.classes, max(4, 32_000 // len(known[0])))
         enlarged = lambda how: np.stack([np.asarray(Image.fromarray(p).resize((whole.res, whole.res), how)) for p in coarse])
         rows = {"drawn": drawn(task, "preset", 0, task.n, size=whole.res)[0], "bilinear": enlarged(Image.Resampling.BILINEAR),
@@ -384,12 +421,14 @@ def shapes(task, report, args):
 
 
 def dense(task, report, args, many=100_000, few=2048, objects=4, regions=64):
-    """Fig. 4b. The surface is what one half of the dense points shows; how far from it lie the others, and the sparse sample's?"""
+    """Fig. 4b. The surface is what one half of the dense points shows; how far from it lie the others, and the sparse sample's?
+
+    This compares the model with itself: it shows whether asking for more points changes them, not how good they are."""
     sparse, full = drawn(task, "preset", 0, objects, size=few)[0], drawn(task, "preset", 0, objects, size=many)[0]
     for i in range(objects):
         surface, rest = (torch.from_numpy(part.copy()) for part in (full[i][::2], full[i][1::2]))
         rng = np.random.default_rng(i)
-        centres = sparse[i][rng.permutation(few)[:regions]]
+        centres = full[i][rng.permutation(many)[:regions]]
         share = lambda points: np.bincount(np.linalg.norm(points[:, None] - centres, axis=-1).argmin(1), minlength=regions) / len(points)
         whole = share(full[i])
         apart = lambda p: 100 * 0.5 * float(np.abs(p - whole).sum())
@@ -412,7 +451,7 @@ CLAIMS = {**{name: (Clouds if name == "settings" else Pictures, compare, steps) 
 # ---------------------------------------------------------------------------------------------------------
 # Results
 
-COLUMNS = {"parameters": ("parameters", "{:.2f}M"), "gflop": ("forward GFLOP", "{:.3f}"), "training_pflop": ("training PFLOP", "{:.1f}"), "nfe": ("NFE", "{}"),
+COLUMNS = {"parameters": ("parameters", "{:.2f}M"), "gflop": ("forward GFLOP", "{:.3f}"), "training_tflop": ("training TFLOP", "{:.1f}"), "nfe": ("NFE", "{}"),
            "fd": ("Frechet distance", "{:.3g}"), "pixels": ("pixels", "{:.3g}"), "precision": ("precision", "{:.2f}"),
            "recall": ("recall", "{:.2f}"), "read": ("read as its class, %", "{:.0f}"), "loss": ("loss", "{:.3f}"),
            "1nna_cd": ("1-NNA CD", "{:.1f}"), "1nna_emd": ("1-NNA EMD", "{:.1f}"), "cov_cd": ("COV CD", "{:.1f}"),
@@ -422,10 +461,9 @@ COLUMNS = {"parameters": ("parameters", "{:.2f}M"), "gflop": ("forward GFLOP", "
 
 
 class Report:
-    """The result of a claim, written anew with every figure that is added."""
+    """The result of a claim, written when it is whole."""
 
     def __init__(self, task, claim):
-        (task.out / "results").mkdir(exist_ok=True, parents=True)
         self.task, self.stem, self.sheet = task, task.out / "results" / f"{claim}-{task.stem}-{task.steps}", {}
         self.found = dict(claim=claim, data=task.stem, steps=task.steps, **task.facts, floor=task.floor(), arms={})
 
@@ -435,17 +473,21 @@ class Report:
         row["seeds"].append(figures)
         if arm not in self.sheet:
             self.sheet[arm] = self.task.show(items)
+        print(f"{arm}, seed {figures['seed']}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k != "seed"), flush=True)
+
+    def write(self):
+        self.stem.parent.mkdir(exist_ok=True)
         data.write_atomic(f"{self.stem}.json", lambda f: f.write(json.dumps(self.found, indent=1).encode()))
         sheet(self.sheet, f"{self.stem}.png")
-        print(f"{arm}, seed {figures['seed']}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k != "seed"), flush=True)
 
 
 def table(found):
     """A result as a table in Markdown: means over the seeds, and half of the range where there are several."""
     rows = found["arms"].values()
     columns = [key for key in COLUMNS if any(key in row or key in row["seeds"][0] for row in rows)]
-    lines = ["| | " + " | ".join(COLUMNS[key][0] for key in columns) + " | seeds |", "|---" * (len(columns) + 2) + "|"]
-    floor = {"floor (held out)": dict(seeds=[found["floor"]])} if len(found["floor"]) > 1 else {}
+    several = "samples" if found["claim"] == "dense" else "seeds"
+    lines = ["| | " + " | ".join(COLUMNS[key][0] for key in columns) + f" | {several} |", "|---" * (len(columns) + 2) + "|"]
+    floor = {"floor (held out)": dict(seeds=[found["floor"]])} if set(found["floor"]) & set(columns) else {}
     for arm, row in {**found["arms"], **floor}.items():
         cells = []
         for key in columns:
@@ -470,11 +512,22 @@ def sheet(rows, path, side=56):
     data.write_atomic(path, lambda f: page.save(f, format="PNG"))
 
 
+def result(path):
+    """The result in a JSON file that this script wrote."""
+    try:
+        found = json.loads(Path(path).read_text())
+        table(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise data.InputError(f"{path}: {data.one_line(error)}; expected a result of claims.py, .json") from None
+    return found
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["show"] and len(argv) == 2:
-        return print(table(json.loads(Path(argv[1]).read_text())))
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        return print(table(result(argv[1])))
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog="claims.py show FILE.json prints the table of a result")
     p.add_argument("name", choices=CLAIMS)
     p.add_argument("--data", help="pictures: .npz with images and labels (default: built-in glyphs); clouds: tree of ShapeNet's (default: built-in solids)")
     p.add_argument("--fine", nargs="+", help="upscale: the same pictures, finer, .npz (default: built-in glyphs at 64 and 128)")
@@ -485,7 +538,7 @@ def main(argv=None):
     p.add_argument("--out", default="runs/claims")
     args = p.parse_args(argv)
     kind, claim, steps = CLAIMS[args.name]
-    if args.n < 100:
+    if kind is Pictures and args.n < 100:
         p.error(f"--n {args.n}: expected at least 100, for a Frechet distance of 96 features")
     if args.name == "upscale" and args.data and not args.fine:
         p.error("upscale of --data needs --fine: the same pictures at higher resolutions")
@@ -495,12 +548,16 @@ def main(argv=None):
     task = kind(args)
     report = Report(task, args.name)
     claim(task, report, args)
+    report.write()
     print(f"\n{table(report.found)}\n\n{report.stem}.json and .png")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except data.InputError as e:
-        print(f"claims.py: {e}", file=sys.stderr)
+    except (data.InputError, OSError) as e:
+        print(f"claims.py: {data.message(e)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("claims.py: interrupted; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)

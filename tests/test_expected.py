@@ -66,10 +66,36 @@ def test_a_claim_runs_whole_and_is_not_done_twice(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, expected", [
     (["linear", "--data", "none.npz"], "none.npz"), (["clouds", "--data", "none"], "none"), (["linear", "--n", "50"], "--n 50"),
-    (["upscale", "--data", "set.npz"], "--fine")])
+    (["upscale", "--data", "set.npz"], "--fine"), (["show", "none.json"], "none.json"), (["show", "bad.json"], "bad.json"), (["show"], "invalid choice"),
+    (["linear", "--data", "bad.json"], "bad.json: cannot be read"), (["linear", "--data", "odd.npz"], "odd.npz: pictures of 10 pixels"),
+    (["linear", "--data", "one.npz"], "one.npz: one class"), (["linear", "--data", "rare.npz"], "no picture of 'owl'"),
+    (["upscale", "--data", "set.npz", "--fine", "set.npz"], "set.npz: pictures of 8 pixels"),
+    (["upscale", "--data", "set.npz", "--fine", "turned.npz"], "turned.npz: other pictures or labels"),
+    (["linear", "--data", "set.npz", "--out", "used"], "made of another set.npz"),
+    (["linear", "--data", "set.npz", "--out", "bad.json"], "bad.json")])
 def test_bad_input_of_claims_ends_in_one_line(tmp_path, monkeypatch, capsys, words, expected):
     """If a mistake of the command line ended in a traceback, or began to train."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((SystemExit, claims.data.InputError)) as caught:
+    monkeypatch.setattr(train, "main", None)
+    monkeypatch.setattr(claims, "fit", lambda *_, **__: None)
+    store = lambda name, side, labels, **more: np.savez(name, images=np.zeros((100, side, side, 3), np.uint8), labels=labels, **more)
+    store("set.npz", 8, np.arange(100) % 2)
+    store("odd.npz", 10, np.arange(100) % 2)
+    store("one.npz", 8, np.zeros(100, np.int64))
+    store("rare.npz", 8, np.arange(100) % 2, label_names=["cat", "dog", "owl"])
+    store("turned.npz", 16, np.arange(1, 101) % 2)
+    Path("bad.json").write_text("{}")
+    Path("used").mkdir()
+    Path("used/set-train.json").write_text('{"source": "another"}')
+    with pytest.raises((SystemExit, claims.data.InputError, OSError)) as caught:
         claims.main(words)
-    assert expected in (str(caught.value) if caught.type is claims.data.InputError else capsys.readouterr().err)
+    error = caught.value
+    assert expected in (capsys.readouterr().err if caught.type is SystemExit else claims.data.message(error))
+
+
+def test_an_arm_trained_with_other_flags_is_refused(tmp_path):
+    """If a changed arm were scored by what its name meant before."""
+    claims.keep(tmp_path / "done", ["--lr", "0.001"], "other flags")
+    claims.keep(tmp_path / "done", ["--lr", "0.001"], "other flags")
+    with pytest.raises(claims.data.InputError, match="other flags"):
+        claims.keep(tmp_path / "done", ["--lr", "0.002"], "other flags")
