@@ -97,7 +97,8 @@ def check(cfg):
     if cfg.rope and (cfg.domain != "image" or cfg.encoder == "perceiver"):
         raise ValueError("rope needs latents on a pixel grid: encoder 'spatial' or 'linear'")
     if cfg.encoder_heads and (cfg.encoder not in ("spatial", "hash") or cfg.encoder_heads < 0 or cfg.width % cfg.encoder_heads):
-        raise ValueError(f"{cfg.encoder_heads} encoder heads need encoder 'spatial' or 'hash' and a width, {cfg.width}, that they divide")
+        raise ValueError(f"encoder_heads {cfg.encoder_heads} with encoder {cfg.encoder!r} and width {cfg.width}: expected a divisor of the "
+                         f"width, and encoder 'spatial' or 'hash'")
     if cfg.interpolate and (cfg.domain != "image" or cfg.encoder == "perceiver"):
         raise ValueError("interpolate needs latents on a pixel grid: encoder 'spatial' or 'linear'")
     if not 1 <= cfg.levels <= cfg.depth:

@@ -172,7 +172,7 @@ def settings(argv=None, held=None):
     for name, low, high in (("ema", 0, 0.9999999), ("drop", 0, 1), ("beta2", 0, 0.999999), ("lr", 1e-12, 1), ("clip", 1e-6, 1e9),
                             ("guidance", 0, 1e3), ("seed", 0, 2 ** 62), ("utilisation", 1e-3, 1)):
         if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name} {getattr(args, name)}: expected a number between {low:g} and {high:g}")
+            raise InputError(f"--{name} {getattr(args, name)}: expected a number between {low:g} and {high:.10g}")
     return args, given, ckpt, ours
 
 
