@@ -17,9 +17,9 @@
 
 Pictures: --data is an .npz with `images` and `labels` (default: 10,000 of the built-in glyphs); four fifths are trained on, the rest is
 held out. Frechet distance, precision and recall are of the 96 features of a classifier trained here on the same four fifths, `pixels` is
-the Frechet distance of pictures reduced to 8 x 8; the reference is what was trained on, `floor` is what the first n held-out pictures get.
-Samples are 0 to n-1 of seed 0, classes in turn, without guidance, Euler 25, averaged weights, but for `sampling`. Clouds: --data is a tree
-of ShapeNet's with --category (default: the built-in solids); SDE 250.
+the Frechet distance of pictures reduced to 8 x 8, `patches` that of all their patches of 8 x 8; the reference is what was trained on,
+`floor` is what the first n held-out pictures get. Samples are 0 to n-1 of seed 0, classes in turn, without guidance, Euler 25, averaged
+weights, but for `sampling`. Clouds: --data is a tree of ShapeNet's with --category (default: the built-in solids); SDE 250.
 
 On one machine everything is a function of --data, --steps and the seeds. What is finished is kept in --out (default: runs/claims) and not
 done again, an interrupted training goes on; what was made of other data, or with other flags, is refused. Ends with
@@ -392,14 +392,14 @@ def upscale(task, report, args):
         whole = data.Npz(path)
         known, held_out = task.split(whole)
         keep(task.out / f"{Path(path).stem}-classifier.json", dict(source=sha256(path)), f"made of another {Path(path).name}")
-        judge = Judge(task.out / f"{Path(path).stem}-classifier.pt", known, held_out, task.classes, max(4, 32_000 // len(known[0])))
+        judge = Judge(task.out / f"{Path(path).stem}-classifier.pt", known, held_out, task.classes, max(4, 16_000 // len(known[0])))
         enlarged = lambda how: np.stack([np.asarray(Image.fromarray(p).resize((whole.res, whole.res), how)) for p in coarse])
         rows = {"drawn": drawn(task, "preset", 0, task.n, size=whole.res)[0], "bilinear": enlarged(Image.Resampling.BILINEAR),
                 "bicubic": enlarged(Image.Resampling.BICUBIC), "true pictures, held out": held_out[0][:task.n]}
         for arm, found in rows.items():
             labels = held_out[1][:task.n] if arm.startswith("true") else task.label(task.n)
             figures = judge.score(found, labels)
-            figures["pixels"] = frechet_distance(*patches(found), *patches(known[0][:2000]))
+            figures["patches"] = frechet_distance(*patches(found), *patches(known[0][:2000]))
             report.add(f"{arm} at {whole.res}", dict(seed=0, **figures), found, classifier_accuracy=100 * judge.accuracy)
 
 
@@ -452,7 +452,7 @@ CLAIMS = {**{name: (Clouds if name == "settings" else Pictures, compare, steps) 
 # Results
 
 COLUMNS = {"parameters": ("parameters", "{:.2f}M"), "gflop": ("forward GFLOP", "{:.3f}"), "training_tflop": ("training TFLOP", "{:.1f}"), "nfe": ("NFE", "{}"),
-           "fd": ("Frechet distance", "{:.3g}"), "pixels": ("pixels", "{:.3g}"), "precision": ("precision", "{:.2f}"),
+           "fd": ("Frechet distance", "{:.3g}"), "pixels": ("pixels", "{:.3g}"), "patches": ("patches", "{:.3g}"), "precision": ("precision", "{:.2f}"),
            "recall": ("recall", "{:.2f}"), "read": ("read as its class, %", "{:.0f}"), "loss": ("loss", "{:.3f}"),
            "1nna_cd": ("1-NNA CD", "{:.1f}"), "1nna_emd": ("1-NNA EMD", "{:.1f}"), "cov_cd": ("COV CD", "{:.1f}"),
            "cov_emd": ("COV EMD", "{:.1f}"), "mmd_cd": ("MMD CD", "{:.2f}"), "mmd_emd": ("MMD EMD", "{:.2f}"),
