@@ -371,7 +371,7 @@ def compare(task, report, args):
 def sampling(task, report, args):
     """Scores the samples of one model by guidance, solver and number of steps."""
     for guidance, solver, steps in SAMPLING:
-        found, nfe = drawn(task, "preset", 0, task.n, guidance, solver, steps)
+        found, nfe = drawn(task, "encoder heads 16", 0, task.n, guidance, solver, steps)
         report.add(f"{solver} {steps}" + (f", guidance {guidance:g}" if guidance != 1 else ""), dict(seed=0, **task.score(found)), found, nfe=nfe)
 
 
@@ -444,7 +444,7 @@ def nearest(points, surface):
 
 
 CLAIMS = {**{name: (Clouds if name == "settings" else Pictures, compare, steps) for name, (steps, _) in COMPARED.items()},
-          "sampling": (Pictures, sampling, 1000), "upscale": (Pictures, upscale, 10_000), "clouds": (Clouds, shapes, 6000),
+          "sampling": (Pictures, sampling, 2000), "upscale": (Pictures, upscale, 10_000), "clouds": (Clouds, shapes, 6000),
           "dense": (Clouds, dense, 6000)}                                # what of, how, default of --steps
 
 

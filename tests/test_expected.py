@@ -49,6 +49,7 @@ def test_tables_of_results_are_those_of_the_shipped_results(path):
 
 def test_a_claim_runs_whole_and_is_not_done_twice(tmp_path, monkeypatch):
     """If claims.py broke, trained again what is there, or its table left out an arm."""
+    monkeypatch.setattr(claims.Pictures, "steps_drawn", 2)
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "set.npz", images=rng.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8), labels=np.arange(120) % 2)
     words = ["linear", "--data", str(tmp_path / "set.npz"), "--steps", "1", "--n", "100", "--seeds", "2", "--out", str(tmp_path / "out")]
@@ -62,6 +63,20 @@ def test_a_claim_runs_whole_and_is_not_done_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "main", None)                                # nothing is left to train
     claims.main(words)
     assert result.read_bytes() == first
+
+
+def test_finer_pictures_are_scored_beside_enlargements(tmp_path, monkeypatch):
+    """If a size were left out, or true pictures did not score better than a model of one step."""
+    monkeypatch.setattr(claims.Pictures, "steps_drawn", 2)
+    rng = np.random.default_rng(0)
+    coarse, labels = rng.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8), np.arange(120) % 2
+    np.savez(tmp_path / "set.npz", images=coarse, labels=labels)
+    np.savez(tmp_path / "fine.npz", images=coarse.repeat(2, 1).repeat(2, 2), labels=labels)
+    claims.main(["upscale", "--data", str(tmp_path / "set.npz"), "--fine", str(tmp_path / "fine.npz"), "--steps", "1", "--n", "100",
+                 "--out", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out" / "results" / "upscale-set-1.json").read_text())["arms"]
+    assert list(rows) == ["drawn at 16", "bilinear at 16", "bicubic at 16", "true pictures, held out at 16"]
+    assert rows["true pictures, held out at 16"]["seeds"][0]["patches"] < rows["drawn at 16"]["seeds"][0]["patches"]
 
 
 @pytest.mark.parametrize("words, expected", [
