@@ -4,7 +4,7 @@
 |----------|-------------------------------------------------------------------|---------------------------------------------------------------|
 | latents  | Tab. 8: spatial-aware latents 7.03, vanilla PerceiverIO 65.09     | spatial, perceiver (as many parameters, two learning rates)   |
 | decoded  | Fig. 3b: decoding fewer pairs costs little and saves FLOPs        | 1/16 to all pairs of a picture; 1/16, all at the FLOPs of 1/4 |
-| widths   | Fig. 3a: larger models are better                                 | width 64, 128, 256                                            |
+| widths   | Fig. 3a: larger models are better                                 | width 64, 128, 256, the last at two learning rates            |
 | linear   | App. B: ASFT-linear is a cheap variant                            | spatial, linear                                               |
 | switches | multi-level decoding, RoPE, logit-normal t, QK-norm               | one at a time                                                 |
 | ours     | not in the paper                                                  | encoder heads, latents added to the query, window size        |
@@ -97,6 +97,7 @@ def arms(task):
         **{f"decoded 1/{share}": ([*latents, "--decode", pairs // share], None) for share in (16, 8, 2, 1)},
         **{f"decoded 1/{share}, FLOPs of 1/4": ([*latents, "--decode", pairs // share, "--steps", at_equal_flops(share)], None) for share in (16, 1)},
         "width 64": ([*preset, "--width", 64], None), "width 256": ([*preset, "--width", 256], None),
+        "width 256, lr 1e-3": ([*preset, "--width", 256, "--lr", 1e-3], None),
         "2 levels": ([*preset, "--levels", 2], None), "RoPE": ([*preset, "--rope"], None),
         "uniform t": ([*preset, "--times", "uniform"], None), "no QK-norm": (preset, "no QK-norm"),
         "lr 1e-3": ([*preset, "--lr", 1e-3], None), "lr 4e-3": ([*preset, "--lr", 4e-3], None),
@@ -127,7 +128,7 @@ COMPARED = {          # claim -> default of --steps, arms
     "latents": (2000, ("spatial", "perceiver", "perceiver, lr 1e-3")),
     "decoded": (2000, ("encoder heads 16", "decoded 1/16", "decoded 1/8", "decoded 1/2", "decoded 1/1", "decoded 1/16, FLOPs of 1/4",
                        "decoded 1/1, FLOPs of 1/4")),
-    "widths": (2000, ("encoder heads 16", "width 64", "width 256")),
+    "widths": (2000, ("encoder heads 16", "width 64", "width 256", "width 256, lr 1e-3")),
     "linear": (2000, ("spatial", "linear")),
     "switches": (2000, ("encoder heads 16", "2 levels", "RoPE", "uniform t", "no QK-norm")),
     "ours": (2000, ("spatial", "encoder heads 16", "encoder heads 64", "interpolated", "16, interpolated", "windows 2 x 2", "windows 7 x 7",
