@@ -519,13 +519,16 @@ def result(path):
         found = json.loads(Path(path).read_text())
         table(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise data.InputError(f"{path}: {data.one_line(error)}; expected a result of claims.py, .json") from None
+        raise data.InputError(f"{data.message(error) if isinstance(error, OSError) else f'{path}: {data.one_line(error)}'}; expected a result of "
+                              f"claims.py, .json") from None
     return found
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["show"] and len(argv) == 2:
+    if argv[:1] == ["show"]:
+        if len(argv) != 2:
+            raise data.InputError(f"show {' '.join(argv[1:])}: expected one FILE.json")
         return print(table(result(argv[1])))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 epilog="claims.py show FILE.json prints the table of a result")

@@ -81,7 +81,7 @@ def test_finer_pictures_are_scored_beside_enlargements(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, expected", [
     (["linear", "--data", "none.npz"], "none.npz"), (["clouds", "--data", "none"], "none"), (["linear", "--n", "50"], "--n 50"),
-    (["upscale", "--data", "set.npz"], "--fine"), (["show", "none.json"], "none.json"), (["show", "bad.json"], "bad.json"), (["show"], "invalid choice"),
+    (["upscale", "--data", "set.npz"], "--fine"), (["show", "none.json"], "none.json"), (["show", "bad.json"], "bad.json"), (["show"], "one FILE.json"),
     (["linear", "--data", "bad.json"], "bad.json: cannot be read"), (["linear", "--data", "odd.npz"], "odd.npz: pictures of 10 pixels"),
     (["linear", "--data", "one.npz"], "one.npz: one class"), (["linear", "--data", "rare.npz"], "no picture of 'owl'"),
     (["upscale", "--data", "set.npz", "--fine", "set.npz"], "set.npz: pictures of 8 pixels"),
