@@ -78,8 +78,7 @@ def arms(task):
     """Arms by name: (flags of train.py, change of the code). `spatial` is the paper's form, `preset` that of the CPU recipe, which has
     16 heads in the encoder; decoded, widths and switches are changes of it, the others of `spatial`."""
     if task.domain == "points":
-        return {"preset": ([], None), "lr 1e-3": (["--lr", 1e-3], None), "lr 4e-3": (["--lr", 4e-3], None),
-                "logit-normal t": (["--times", "logit-normal"], None)}
+        return {"preset": ([], None), "lr 1e-3": (["--lr", 1e-3], None), "logit-normal t": (["--times", "logit-normal"], None)}
     pairs, side = task.res ** 2, task.res // 4                        # windows of 4 x 4 pixels, as in preset tiny
     latents, decode = ["--latents", side ** 2], ["--decode", pairs // 4]
     preset, plain = latents + decode, ["--encoder-heads", 0]          # the paper has as many heads in the encoder as elsewhere
@@ -134,7 +133,7 @@ COMPARED = {          # claim -> default of --steps, arms
     "ours": (2000, ("spatial", "encoder heads 16", "encoder heads 64", "interpolated", "16, interpolated", "windows 2 x 2", "windows 7 x 7",
                     "windows 8 x 8")),
     "defaults": (1000, ("preset", "lr 1e-3", "lr 4e-3", "constant lr", "no EMA warm-up")),
-    "settings": (1500, ("preset", "lr 1e-3", "lr 4e-3", "logit-normal t")),
+    "settings": (1500, ("preset", "lr 1e-3", "logit-normal t")),
 }
 
 SAMPLING = [*((1.0, "euler", steps) for steps in (5, 10, 25, 50)), *((guidance, "euler", 25) for guidance in (1.5, 2.0, 3.0)),
