@@ -26,7 +26,6 @@ done again, an interrupted training goes on; what was made of other data, or wit
 results/NAME-SET-STEPS.json and .png there, and the table. `claims.py show FILE.json` prints the table of a result.
 """
 import argparse
-import hashlib
 import json
 import pickle
 import statistics
@@ -105,12 +104,16 @@ def arms(task):
     }
 
 
+def tiny(res, **changes):
+    return asft.config("tiny", res=res, latents=(res // 4) ** 2, **changes)
+
+
 @cache
 def perceiver_width(res):
     """The width at which the PerceiverIO has most nearly as many parameters as the spatial model of width 128."""
     def count(**changes):
         with torch.device("meta"):
-            model = asft.ASFT(asft.config("tiny", res=res, latents=(res // 4) ** 2, **changes))
+            model = asft.ASFT(tiny(res, **changes))
         return sum(p.numel() for p in model.parameters())
 
     goal = count()
@@ -120,7 +123,7 @@ def perceiver_width(res):
 @cache
 def flops(res, decode):
     """Forward FLOPs of a training picture under preset tiny."""
-    return asft.forward_flops(asft.config("tiny", res=res, latents=(res // 4) ** 2), decode)[0]
+    return asft.forward_flops(tiny(res), decode)[0]
 
 
 COMPARED = {          # claim -> default of --steps, arms
@@ -167,7 +170,7 @@ class Pictures:
         if missing or self.classes < 2:
             raise data.InputError(f"{args.data}: {f'no picture of {missing[0]!r}' if missing else 'one class'} in the four fifths trained on; "
                                   f"expected two classes or more, each with pictures there")
-        keep(self.out / f"{self.stem}-train.json", dict(source=sha256(args.data)), f"made of another {Path(args.data).name}")
+        keep(self.out / f"{self.stem}-train.json", dict(source=data.file_sha256(args.data)), f"made of another {Path(args.data).name}")
         file = self.out / f"{self.stem}-train.npz"
         if not file.exists():
             data.write_atomic(file, lambda f: np.savez(f, images=self.train[0], labels=self.train[1]))
@@ -190,11 +193,6 @@ class Pictures:
 
     def show(self, pictures):
         return list(pictures[:16])
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def keep(path, facts, otherwise):
@@ -391,7 +389,7 @@ def upscale(task, report, args):
     for path in paths:
         whole = data.Npz(path)
         known, held_out = task.split(whole)
-        keep(task.out / f"{Path(path).stem}-classifier.json", dict(source=sha256(path)), f"made of another {Path(path).name}")
+        keep(task.out / f"{Path(path).stem}-classifier.json", dict(source=data.file_sha256(path)), f"made of another {Path(path).name}")
         judge = Judge(task.out / f"{Path(path).stem}-classifier.pt", known, held_out, task.classes, max(4, 16_000 // len(known[0])))
         enlarged = lambda how: np.stack([np.asarray(Image.fromarray(p).resize((whole.res, whole.res), how)) for p in coarse])
         rows = {"drawn": drawn(task, "preset", 0, task.n, size=whole.res)[0], "bilinear": enlarged(Image.Resampling.BILINEAR),
