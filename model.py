@@ -1,18 +1,17 @@
-"""ASFT, Ambient Space Flow Transformer: the network, its presets, the paths and the loss. Needs torch only.
+"""ASFT, Ambient Space Flow Transformer: presets, flow matching, the network. Needs torch only.
 
-The model maps coordinates to velocities, point by point: `encode` turns the context (coordinate-value pairs
-of a noisy image or point cloud) into latents, `decode` gives the velocity at any query, each query on its own.
+`ASFT.encode` turns the context, the coordinate-value pairs of a noisy image or point cloud, into latents;
+`ASFT.decode` gives the velocity at any query, each query on its own. In this order: configuration, paths and
+loss, ASFT, encoders, blocks and embeddings, coordinates. `python model.py` prints the presets.
 
-Alphabet, used in every file of this project:
-    B batch   N context pairs   M queries   L latents   D width   H heads   p window side   n pairs in a window
-    K decoder levels   T condition tokens   d_x, d_y channels of a coordinate, of a value
+    B batch   N context pairs   M queries   L latents   D width   H heads   p window side
+    K decoder levels   n pairs of a window   T condition tokens   b batch without the condition, divides B
 
-Conventions:
-    time      t = 0 is data, t = 1 is noise; t has shape (B,)
+    time      t (B,): 0 is data, 1 is noise
     path      xt = a(t) x0 + s(t) eps, velocity v = a'(t) x0 + s'(t) eps; on the linear path v = eps - x0
     images    coords (N, 2) or (B, N, 2): pixel centres (x, y) in [0, 1]; values (B, N, 3): RGB in [-1, 1]
-    points    coordinate and value are the same thing: values (B, N, 3) in [-1, 1]; coords is None
-    label     (B,) int64 in 0..n_classes-1, or the null class n_classes (also what label=None means)
+    points    values (B, N, 3) in [-1, 1] are coordinate and value at once; coords is None
+    label     (B,) int64 in 0..n_classes-1, or the null class n_classes, for which None stands
     tokens    (B, T, token_dim) float condition tokens (image features); None stands for the null token
 """
 import math
@@ -25,8 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Configuration and presets
+# ---- Configuration and presets --------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -36,20 +34,18 @@ class Config:
     width: int = 384               # D
     depth: int = 12                # trunk blocks
     heads: int = 6                 # H
-    latents: int = 1024            # L; a square number where the encoder has windows of pixels
+    latents: int = 1024            # L; a square number where the latents lie on a grid
     levels: int = 1                # K, decoder blocks
     encoder: str = "spatial"       # one of ENCODERS[domain]
-    rope: bool = False             # axial rotary embedding in the trunk (images with windows)
-    first_self: int = 0            # perceiver encoders: self-attention layers of the encoder block
-    self_layers: int = 1           # self-attention layers of one trunk block
-    reread: bool = False           # perceiver encoders: every trunk block reads the context again
-    encoder_heads: int = 0         # spatial and hash encoders: heads that read a window, 0: as many as `heads` (ours)
-    interpolate: bool = False      # images with windows: a query starts from the latents at its place, too (ours)
+    encoder_heads: int = 0         # spatial and hash encoder: heads that read a window, 0 = `heads` (ours)
+    rope: bool = False             # axial rotary embedding in the trunk (latents on a grid)
+    qk_norm: bool = True           # RMSNorm of queries and keys per head
+    first_self: int = 0            # perceiver encoder: self-attention blocks right after the first reading
+    self_layers: int = 1           # self-attention blocks of one trunk block
+    reread: bool = False           # perceiver encoder: every trunk block reads the context again
     n_classes: int = 0             # 0 = no class conditioning
     token_dim: int = 0             # 0 = no token conditioning
 
-
-ENCODERS = {"image": ("spatial", "linear", "perceiver"), "points": ("perceiver", "hash")}
 
 POINTS = dict(domain="points", encoder="perceiver", width=512, heads=4, reread=True)
 PRESETS = {
@@ -69,488 +65,30 @@ PRESETS = {
 
 
 def config(preset, **changes):
-    """The Config of a preset, with changes. Raises ValueError naming what does not fit."""
-    if preset not in PRESETS:
-        raise ValueError(f"unknown model {preset!r}: expected one of {', '.join(PRESETS)}")
+    """The Config of a preset with changes. Raises ValueError in one line where they do not fit together."""
     cfg = replace(Config(), **{**PRESETS[preset], **changes})
-    if "encoder_heads" not in changes and cfg.encoder not in ("spatial", "hash"):
-        cfg.encoder_heads = 0                                            # a preset's own, of another encoder
-    check(cfg)
+    L, side, names = cfg.latents, math.isqrt(cfg.latents), ENCODERS[cfg.domain]
+    grid, windows = cfg.encoder in ("spatial", "linear"), cfg.encoder in ("spatial", "hash")
+    divides = cfg.width % (cfg.encoder_heads or cfg.heads) == 0
+
+    def need(fits, text):
+        if not fits:
+            raise ValueError(text)
+    need(cfg.encoder in names, f"encoder {cfg.encoder!r}: expected one of {', '.join(names)} ({cfg.domain})")
+    need(cfg.width % cfg.heads == 0, f"width {cfg.width}: expected a multiple of {cfg.heads} heads")
+    need(cfg.width % 4 == 0, f"width {cfg.width}: expected a multiple of 4")
+    need(1 <= cfg.levels <= cfg.depth, f"{cfg.levels} levels: expected 1 to {cfg.depth}, the depth")
+    need(not grid or side ** 2 == L, f"{L} latents: expected a square number")
+    need(not grid or cfg.res % side == 0, f"res {cfg.res}: expected a multiple of {side} ({L} latents)")
+    need(cfg.encoder != "hash" or cfg.points % L == 0, f"{cfg.points} points: expected a multiple of {L}")
+    need(not cfg.rope or grid, f"rope: expected encoder 'spatial' or 'linear', not {cfg.encoder!r}")
+    need(not cfg.rope or cfg.width // cfg.heads % 4 == 0, "rope: expected a head width divisible by 4")
+    need(windows or not changes.get("encoder_heads"), f"encoder_heads: {cfg.encoder!r} has no such heads")
+    need(not windows or divides, f"encoder_heads {cfg.encoder_heads}: expected a divisor of {cfg.width}")
     return cfg
 
 
-def check(cfg):
-    """Raises ValueError in one line where the parts of a Config do not fit together."""
-    if cfg.domain not in ENCODERS or cfg.encoder not in ENCODERS[cfg.domain]:
-        raise ValueError(f"encoder {cfg.encoder!r} does not read {cfg.domain!r}: expected one of {ENCODERS}")
-    if cfg.width % cfg.heads or cfg.width % 4:
-        raise ValueError(f"width {cfg.width} must be divisible by {cfg.heads} heads and by 4")
-    if cfg.domain == "image" and cfg.encoder != "perceiver":
-        side = math.isqrt(cfg.latents)
-        if side * side != cfg.latents or cfg.res % side:
-            raise ValueError(f"resolution {cfg.res} is not divisible by the latent grid: {cfg.latents} latents "
-                             f"need a square number whose root divides the resolution")
-        if cfg.rope and (cfg.width // cfg.heads) % 4:
-            raise ValueError(f"rope needs a head width divisible by 4, not {cfg.width}/{cfg.heads}")
-    if cfg.encoder == "hash" and cfg.points % cfg.latents:
-        raise ValueError(f"{cfg.points} points are not divisible among {cfg.latents} latents")
-    if cfg.rope and (cfg.domain != "image" or cfg.encoder == "perceiver"):
-        raise ValueError("rope needs latents on a pixel grid: encoder 'spatial' or 'linear'")
-    if cfg.encoder_heads and (cfg.encoder not in ("spatial", "hash") or cfg.encoder_heads < 0 or cfg.width % cfg.encoder_heads):
-        raise ValueError(f"encoder_heads {cfg.encoder_heads} with encoder {cfg.encoder!r} and width {cfg.width}: expected a divisor of the "
-                         f"width, and encoder 'spatial' or 'hash'")
-    if cfg.interpolate and (cfg.domain != "image" or cfg.encoder == "perceiver"):
-        raise ValueError("interpolate needs latents on a pixel grid: encoder 'spatial' or 'linear'")
-    if not 1 <= cfg.levels <= cfg.depth:
-        raise ValueError(f"{cfg.levels} decoder levels need 1 <= levels <= depth = {cfg.depth}")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Coordinates
-
-def image_coords(height, width=None, device=None, box=None):
-    """Pixel centres ((j+.5)/width, (i+.5)/height) in row-major order: (height*width, 2), float32, in [0, 1]; with a box
-    (x0, y0, x1, y1) those of its pixels alone.
-
-    Centres, not corners: with corner-aligned coordinates the picture shifts when the resolution changes."""
-    width = width or height
-    x0, y0, x1, y1 = box or (0, 0, width, height)
-    y = (torch.arange(y0, y1, device=device, dtype=torch.float32) + 0.5) / height
-    x = (torch.arange(x0, x1, device=device, dtype=torch.float32) + 0.5) / width
-    return torch.stack([x.expand(len(y), len(x)), y[:, None].expand(len(y), len(x))], -1).reshape(-1, 2)
-
-
-def image_freqs(res, width):
-    """Angular frequencies pi 2^linspace(0, log2(7 res/16), D/4): the top one stays below the Nyquist limit
-    pi res of the training grid, so that nothing is left free between the training pixels."""
-    return math.pi * 2 ** torch.linspace(0, math.log2(7 * res / 16), width // 4)
-
-
-def point_freqs():
-    """Ten octaves 2^0..2^9: 60 features of a 3D point."""
-    return 2.0 ** torch.arange(10)
-
-
-def fourier(coords, freqs):
-    """Fourier features: per axis, sin and cos at each frequency. (..., d_x) -> (..., 2 d_x len(freqs)), float32."""
-    angle = coords.float()[..., None] * freqs                            # (..., d_x, F)
-    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)         # (..., d_x 2F)
-
-
-def morton_code(points, bits=10):
-    """Z-order code of points in [-1, 1]^3 on a 2^bits grid: (..., 3) -> (...) int64. Neighbours in space are
-    likely, not certain, to be neighbours in this order (App. A)."""
-    cell = ((points.float().clamp(-1, 1) + 1) * 0.5 * (2 ** bits - 1)).long()
-    code = torch.zeros_like(cell[..., 0])
-    for bit in range(bits):
-        for axis in range(3):
-            code |= ((cell[..., axis] >> bit) & 1) << (3 * bit + axis)
-    return code
-
-
-def rope_tables(side, head_width):
-    """Cosine and sine of axial rotary angles on a side x side grid: half of the channel pairs turn with the
-    column, half with the row. Two tensors (side^2, head_width / 2)."""
-    freqs = 10000.0 ** (-torch.arange(head_width // 4) / (head_width // 4))
-    angle = torch.arange(side)[:, None] * freqs                          # (side, d/4)
-    angle = torch.cat([angle.repeat(side, 1), angle.repeat_interleave(side, 0)], -1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, rope):
-    """Turn the channel pairs (i, i + d/2) of x (B, H, L, d) by the angles of their position."""
-    cos, sin = (r.to(x.dtype) for r in rope)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Parts of the network
-
-class Attention(nn.Module):
-    """Multi-head attention with QK-norm (RMSNorm per head); keys and values can be had once and used often."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
-        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
-
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)         # (B, H, N, d)
-
-    def keys_values(self, memory):
-        """memory (B, N, D) -> normed keys and values, each (B, H, N, d)."""
-        k, v = self.kv(memory).chunk(2, -1)
-        return self.k_norm(self.split(k).float()), self.split(v)
-
-    def forward(self, x, k, v, rope=None):
-        q = self.q_norm(self.split(self.q(x)).float())                   # (B, H, M, d)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        if x.device.type == "cpu" and x.requires_grad and k.shape[2] < 256:
-            # a CPU's fused kernel, backward pass included, is up to twice as fast in float32 with so few keys; with
-            # 1024 of them bfloat16 is the faster one, by a third
-            with torch.autocast("cpu", enabled=False):
-                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-        else:
-            x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        return self.out(x.transpose(1, 2).flatten(2))                    # (B, M, D)
-
-
-class MLP(nn.Sequential):
-    """Two layers with a tanh-GELU between them."""
-
-    def __init__(self, width, hidden):
-        super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
-
-
-def modulate(x, shift, scale):
-    """Adaptive layer norm: LayerNorm without affine, then scale and shift from the condition."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
-
-
-class Block(nn.Module):
-    """AdaLN-Zero transformer block (DiT): attention, MLP, and attention to condition tokens where there are any.
-
-    It is a self-attention block, or with `reads` a cross-attention block whose keys and values come from a layer-normed
-    memory: the context (encoder), or a level of latents (decoder). With tokens the modulation has 9 parts, not 6."""
-
-    def __init__(self, width, heads, reads=False, tokens=False):
-        super().__init__()
-        self.attention = Attention(width, heads)
-        self.memory_norm = nn.LayerNorm(width) if reads else None
-        self.token_attention = Attention(width, heads) if tokens else None
-        self.mlp = MLP(width, 4 * width)
-        self.modulation = nn.Linear(width, (9 if tokens else 6) * width)
-
-    def keys_values(self, memory):
-        return self.attention.keys_values(self.memory_norm(memory))
-
-    def modulations(self, c):
-        """Shift, scale and gate of every layer from the condition c (B, D): 6 or 9 tensors (B, 1, D)."""
-        return self.modulation(F.silu(c))[:, None].chunk(6 if self.token_attention is None else 9, -1)
-
-    def forward(self, x, modulations, memory=None, tokens=None, rope=None):
-        """x (B, N, D), memory: keys and values, tokens (B, T, D)."""
-        shift, scale, gate, shift2, scale2, gate2, *third = modulations
-        h = modulate(x, shift, scale)
-        x = torch.addcmul(x, gate, self.attention(h, *(memory or self.attention.keys_values(h)), rope))
-        if self.token_attention is not None:
-            shift3, scale3, gate3 = third
-            h = modulate(x, shift3, scale3)
-            x = torch.addcmul(x, gate3, self.token_attention(h, *self.token_attention.keys_values(tokens)))
-        return torch.addcmul(x, gate2, self.mlp(modulate(x, shift2, scale2)))
-
-
-class WindowEncoder(nn.Module):
-    """Spatial-aware encoder (Sec. 3.4): latent l reads its own window of n context pairs, nothing else.
-
-    Absorbed form. The query q_l is the same for every image of the batch, so the key and value projections need
-    not touch the pixels: score(l, n) = (W_k^T q_l) . x_n, where a key bias would shift all scores of a latent
-    alike and cancel, and out_l = W_v (sum_n a_ln x_n) + b_v. Same function as the plain form to rounding; at
-    256 x 256 it saves B 150 of 496 forward GFLOP, and no N x 2D key/value tensor is stored.
-
-    Windows are read some at a time and in training once more in the backward pass, so that no N x D tensor is
-    stored either: at 256 x 256 one of XL in bfloat16 is 151 MB a picture, while reading costs 2 % of the FLOPs."""
-
-    AT_A_TIME = {"cpu": 2 ** 21, "cuda": 2 ** 28}      # numbers of the embedded pairs; a CPU keeps them in its cache
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width, bias=False)
-        self.v = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
-        self.mlp = MLP(width, width)
-
-    def pool(self, q, values, embed):
-        """Attention of l latents, absorbed queries q (l, D, H), to values (l, B, n, 3) -> (B, l, D)."""
-        l, B, n, _ = values.shape
-        x = embed(values)                                                                      # (l, B, n, D)
-        attn = torch.bmm(x.flatten(1, 2), q).view(l, B, n, -1).softmax(2)                      # (l, B, n, H)
-        x = torch.matmul(attn.transpose(2, 3).to(x.dtype), x)                                  # (l, B, H, D)
-        return torch.einsum("lbhc,hdc->blhd", x, self.v.weight.view(self.heads, -1, x.shape[-1]).to(x.dtype)).flatten(2)
-
-    def forward(self, latents, values, embed):
-        """latents (L, D), values (L, B, n, 3): the pairs of every window, latent first; embed: values (..., 3) of a
-        window's pairs in order -> (..., D). Returns (B, L, D)."""
-        (L, B, n, _), D, H = values.shape, latents.shape[-1], self.heads
-        q = self.q(latents).view(L, H, -1) * (D // H) ** -0.5
-        q = torch.einsum("lhd,hdc->lch", q, self.k.weight.view(H, -1, D).to(q.dtype))          # (L, D, H)
-        some = max(1, self.AT_A_TIME.get(values.device.type, 2 ** 28) // (B * n * D))
-        pool = self.pool
-        if some < L and torch.is_grad_enabled():
-            pool = lambda *args: checkpoint(self.pool, *args, use_reentrant=False, preserve_rng_state=False)
-        x = torch.cat([pool(*part, embed) for part in zip(q.split(some), values.split(some))], 1)
-        return self.mlp(self.norm(x + self.v.bias))                                            # (B, L, D)
-
-
-class Stem(nn.Sequential):
-    """Value stem: Linear, LayerNorm, SiLU.
-
-    In closed form: the Linear, less its mean over the channels, is an affine map W (y, 1) of a few numbers, so the
-    LayerNorm's variance is their quadratic form (y, 1) W^T W (y, 1)^T / D, and the Linear of y / std is normal at once.
-    This spares what is slow and large in a LayerNorm of so many pairs: two passes over (..., D), and its copy for the
-    backward pass. In float32 throughout, since the values carry the noise."""
-
-    def __init__(self, channels, width):
-        super().__init__(nn.Linear(channels, width), nn.LayerNorm(width), nn.SiLU())
-
-    def forward(self, y):
-        linear, norm, activation = self
-        with torch.autocast("cpu" if y.is_meta else y.device.type, enabled=False):
-            W = torch.cat([linear.weight, linear.bias[:, None]], 1)                            # (D, d_y + 1)
-            W = W - W.mean(0)
-            y = F.pad(y.float(), (0, 1), value=1.0)                                            # (..., d_y + 1)
-            variance = ((y @ (W.T @ W / len(W))) * y).sum(-1, keepdim=True)                    # (..., 1)
-            return activation(F.linear(y * (variance + norm.eps).rsqrt(), norm.weight[:, None] * W, norm.bias))
-
-
-class PointEmbedding(nn.Module):
-    """A point as coordinate and value at once: Linear of [proj(fourier(y)), proj(y)]."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.register_buffer("freqs", point_freqs(), persistent=False)
-        self.coord = nn.Linear(6 * len(self.freqs), width)
-        self.value = nn.Linear(3, width)
-        self.out = nn.Linear(2 * width, width)
-
-    def forward(self, y):
-        return self.out(torch.cat([self.coord(fourier(y, self.freqs)), self.value(y)], -1))
-
-
-def time_features(t, width=256):
-    """Sinusoidal embedding of 1000 t, periods up to 10,000 (DiT): (B,) -> (B, width), float32."""
-    freqs = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
-    angle = 1000 * t.float()[:, None] * freqs
-    return torch.cat([angle.cos(), angle.sin()], -1)
-
-
-def interpolate(latents, coords):
-    """Bilinear interpolation of latents (B, L, D), a square grid, at coords (M, 2) or (b, M, 2), b divides B: (B, M, D), float32.
-
-    As a product with hat functions, since the backward pass of grid_sample gives other bits every time on CUDA."""
-    side = math.isqrt(latents.shape[1])
-    at = (coords.float() * side - 0.5).clamp(0, side - 1)                                   # (b, M, 2)
-    hat = (1 - (at[..., None] - torch.arange(side, device=at.device)).abs()).clamp_min(0)   # (b, M, 2, side)
-    weights = (hat[..., 1, :, None] * hat[..., 0, None, :]).flatten(-2)                     # (b, M, L)
-    weights = repeat_to(weights.view(-1, *weights.shape[-2:]), len(latents))
-    with torch.autocast("cpu" if latents.is_meta else latents.device.type, enabled=False):
-        return weights @ latents.float()
-
-
-def repeat_to(x, B):
-    """Repeat what does not see the condition for the halves of guidance: (b, ...) -> (B, ...), b divides B."""
-    if x.shape[0] == 1:
-        return x.expand(B, *x.shape[1:])                                 # no copy
-    return x if x.shape[0] == B else x.repeat(B // x.shape[0], *[1] * (x.dim() - 1))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The model
-
-class ASFT(nn.Module):
-    """Velocity network for images and for point clouds. `forward` = `encode`, `memory`, `decode`.
-
-    A sampler calls `encode` and `memory` once per step and `decode` as often as it has chunks of queries.
-    The batch of t, label, tokens and drop may be a multiple of the batch of values: what does not see the
-    condition is then computed once and shared (guidance)."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        check(cfg)
-        self.cfg, D, H = cfg, cfg.width, cfg.heads
-        self.grad_checkpoint = False      # recompute blocks and queries in the backward pass: less memory, 1/3 more time
-        self.latents = nn.Parameter(torch.empty(cfg.latents, D))
-        self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
-        self.classes = nn.Embedding(cfg.n_classes + 1, D) if cfg.n_classes else None    # last row: the null class
-        self.tokens = nn.Linear(cfg.token_dim, D) if cfg.token_dim else None
-        self.null_token = nn.Parameter(torch.empty(cfg.token_dim)) if cfg.token_dim else None
-
-        windows = cfg.encoder in ("spatial", "linear", "hash")
-        if cfg.domain == "image":
-            self.register_buffer("freqs", image_freqs(cfg.res, D), persistent=False)
-            self.stem, self.query_stem = Stem(3, D), Stem(3, D)
-        else:
-            self.stem, self.query_stem = PointEmbedding(D), PointEmbedding(D)
-            self.query_values = Stem(3, D)
-        if cfg.encoder == "linear":
-            self.patch = nn.Linear(3 * cfg.res ** 2 // cfg.latents, D)
-            self.patch_out = nn.Sequential(nn.LayerNorm(D), MLP(D, D))
-            self.stem = None
-        elif windows:
-            self.encoder = WindowEncoder(D, cfg.encoder_heads or H)
-        self.rope = cfg.rope
-        if cfg.rope:
-            for name, table in zip(("rope_cos", "rope_sin"), rope_tables(math.isqrt(cfg.latents), D // H)):
-                self.register_buffer(name, table, persistent=False)
-
-        layers = [] if windows else [True] + [False] * cfg.first_self    # True: the layer reads the context
-        self.ends = []                                                   # layers after which each block ends
-        for _ in range(cfg.depth):
-            layers += [True] * (cfg.reread and not windows) + [False] * cfg.self_layers
-            self.ends.append(len(layers))
-        self.trunk = nn.ModuleList(Block(D, H, reads, bool(cfg.token_dim)) for reads in layers)
-        self.decoder = nn.ModuleList(Block(D, H, reads=True) for _ in range(cfg.levels))
-        # levels evenly spaced in depth, shallow first; the last block reads the final latents
-        self.level_ends = [self.ends[cfg.depth * (k + 1) // cfg.levels - 1] for k in range(cfg.levels)]
-        self.head_modulation = nn.Linear(D, 4 * D)
-        self.head = nn.Linear(2 * D, 3)
-        self.init_weights()
-
-    def init_weights(self):
-        """Xavier for every matrix, zero biases; as in DiT every gate, modulation and the output start at zero.
-
-        The value stem keeps torch's own start: with a zero bias its LayerNorm would hide the size of a value
-        (loss after 400 steps of the glyphs: 0.188 without, 0.177 with the bias)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for table in (self.latents, self.null_token, self.classes and self.classes.weight,
-                      self.time[0].weight, self.time[2].weight):
-            if table is not None:
-                nn.init.normal_(table, std=0.02)
-        for module in self.modules():
-            if isinstance(module, Stem):
-                module[0].reset_parameters()
-        for block in (*self.trunk, *self.decoder):
-            nn.init.zeros_(block.modulation.weight)
-        nn.init.zeros_(self.head_modulation.weight)
-        nn.init.zeros_(self.head.weight)
-
-    def condition(self, t, label, drop):
-        """Condition vector c = time + class embedding: (B, D). drop (B,) bool replaces the class by the null class."""
-        if t.dim() != 1:
-            raise ValueError(f"t must have shape (B,), not {tuple(t.shape)}")
-        c = self.time(time_features(t))
-        if self.classes is not None:
-            null = torch.full_like(t, self.cfg.n_classes, dtype=torch.long)
-            label = null if label is None else label if drop is None else torch.where(drop, null, label)
-            c = c + self.classes(label)
-        return c
-
-    def condition_tokens(self, tokens, B, drop):
-        """Condition tokens at model width: (B, T, D), or (B, 1, D) null tokens where there are none."""
-        if tokens is None:
-            tokens = self.null_token.expand(B, 1, -1)
-        elif drop is not None:
-            tokens = torch.where(drop[:, None, None], self.null_token.to(tokens.dtype), tokens)
-        return self.tokens(tokens)
-
-    def windows(self, coords, values):
-        """Give every pair of the training grid, in whatever order, its slot in its latent's window:
-        (N, 2) or (B, N, 2), (B, N, 3) -> (L, B, n, 3)."""
-        (B, N, _), side = values.shape, math.isqrt(self.cfg.latents)
-        p = self.cfg.res // side
-        j, i = (coords * self.cfg.res).long().clamp_(0, self.cfg.res - 1).unbind(-1)     # column, row
-        slot = ((i // p * side + j // p) * p + i % p) * p + j % p
-        grid = torch.zeros_like(values).scatter(1, slot.expand(B, N)[..., None].expand_as(values), values)
-        return grid.view(B, side * side, p * p, 3).transpose(0, 1)
-
-    def read(self, coords, values):
-        """All of the encoder that sees neither t nor the condition: latents (b, L, D), and the context
-        (b, N, D) where the trunk reads it, else None."""
-        cfg, b = self.cfg, values.shape[0]
-        N = cfg.res ** 2 if cfg.domain == "image" else cfg.points
-        if values.dim() != 3 or values.shape[-1] != 3 or cfg.encoder != "perceiver" and values.shape[1] != N:
-            raise ValueError(f"context values must have shape (B, {N}, 3), not {tuple(values.shape)}")
-        if cfg.encoder == "perceiver":
-            context = self.stem(values)                                                  # (b, N, D)
-            if cfg.domain == "image":
-                context = context + fourier(coords, self.freqs)
-            return self.latents.expand(b, -1, -1), context
-        if cfg.encoder == "hash":        # latent l has the l-th run in Z-order, and the run's mean as pseudo-coordinate
-            order = morton_code(values).argsort(dim=1, stable=True)
-            values = values.gather(1, order[..., None].expand_as(values))
-            values = values.view(b, cfg.latents, -1, 3).transpose(0, 1)                  # (L, b, n, 3)
-            return self.encoder(self.latents, values, self.stem) + self.stem(values.mean(2)).transpose(0, 1), None
-        side = math.isqrt(cfg.latents)
-        centres = fourier(image_coords(side, device=values.device), self.freqs)          # (L, D)
-        values = self.windows(coords, values)                                            # (L, b, n, 3)
-        if cfg.encoder == "linear":      # App. B: one Linear over the window's values; the MLP after it stays
-            latents = self.patch_out(self.latents + self.patch(values.transpose(0, 1).flatten(2)))
-        else:
-            inside = fourier(image_coords(cfg.res // side, device=values.device), self.freqs)    # (n, D)
-            latents = self.encoder(self.latents + centres, values, lambda y: self.stem(y) + inside)
-        return latents + centres, None                                                   # (b, L, D)
-
-    def encode(self, coords, values, t, label=None, tokens=None, drop=None):
-        """Latents of every decoder level: a list of K tensors (B, L, D).
-
-        coords (N, 2) or (B, N, 2), None for points; values (B, N, 3); images need the whole training grid, in any
-        order. Raises ValueError naming a wrong shape."""
-        x, context = self.read(coords, values)
-        c = self.condition(t, label, drop)
-        x = repeat_to(x, len(c))
-        if self.tokens is not None:
-            tokens = self.condition_tokens(tokens, len(c), drop)
-        rope = (self.rope_cos, self.rope_sin) if self.rope else None
-        levels = []
-        for depth, block in enumerate(self.trunk, 1):
-            memory = None
-            if block.memory_norm is not None:
-                memory = tuple(repeat_to(z, len(c)) for z in block.keys_values(context))
-            again = self.grad_checkpoint and self.training
-            x = (partial(checkpoint, block, use_reentrant=False) if again else block)(x, block.modulations(c), memory, tokens, rope)
-            if depth in self.level_ends:
-                levels.append(x)
-        return levels
-
-    def memory(self, levels, t, label=None, drop=None):
-        """All that decoding needs besides the queries, had once for all of them: for every decoder block its
-        modulations and the latents' keys and values (B, H, L, d), and the head with its modulation folded in, since
-        W ((1 + scale) x + shift) + b = (W (1 + scale)) x + (W shift + b): weight (B, 2D, 3) and bias (B, 1, 3)."""
-        c = self.condition(t, label, drop)                                               # (B, D)
-        blocks = []
-        for block, latents in zip(self.decoder, levels):
-            k, v = block.keys_values(latents)
-            blocks.append((block.modulations(c), (k.to(v.dtype), v)))
-        shift, scale = self.head_modulation(F.silu(c))[:, None].chunk(2, -1)             # (B, 1, 2D) each
-        grid = levels[-1] if self.cfg.interpolate else None
-        return blocks, ((self.head.weight * (1 + scale)).mT, self.head(shift)), grid
-
-    def decode(self, memory, coords, values):
-        """Velocity at M queries, each on its own: (B, M, 3), in the units of the values.
-
-        memory from `memory`; coords (M, 2) or (B, M, 2), None for points; values (B, M, 3), of which B may be a part."""
-        if values.dim() != 3 or values.shape[-1] != 3:
-            raise ValueError(f"query values must have shape (B, M, 3), not {tuple(values.shape)}")
-        blocks, (weight, bias), grid = memory
-        if self.cfg.domain == "image":
-            stem = self.query_stem(values)                                               # (b, M, D)
-            x = stem + fourier(coords, self.freqs)                                       # (b, M, D)
-        else:
-            stem, x = self.query_values(values), self.query_stem(values)
-        x, stem = repeat_to(x, len(bias)), repeat_to(stem, len(bias))                    # (B, M, D)
-        if grid is not None:
-            x = x + interpolate(grid, coords).to(x.dtype)
-        for block, (modulations, kv) in zip(self.decoder, blocks):
-            x = block(x, modulations, kv)
-        x = torch.cat([x, stem.to(x.dtype)], -1)                                         # (B, M, 2D)
-        return torch.baddbmm(bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), weight)      # (B, M, 3)
-
-    def forward(self, coords, values, query_coords, query_values, t, label=None, tokens=None, drop=None):
-        """Velocities (B, M, 3) at the queries given the context; shapes as in `encode` and `decode`."""
-        levels = self.encode(coords, values, t, label, tokens, drop)                     # K x (B, L, D)
-        memory = self.memory(levels, t, label, drop)
-        if not (self.grad_checkpoint and self.training):
-            return self.decode(memory, query_coords, query_values)                       # (B, M, 3)
-        # each query on its own: read again some at a time, the decoder keeps nothing but its queries
-        parts = [(None if query_coords is None else query_coords[..., i:i + 2048, :], query_values[:, i:i + 2048])
-                 for i in range(0, query_values.shape[1], 2048)]
-        return torch.cat([checkpoint(self.decode, memory, *part, use_reentrant=False) for part in parts], 1)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Flow matching
+# ---- Flow matching: the path between data and noise, and the loss ---------------------------------------
 
 def linear_path(t):
     """Rectified flow: xt = (1-t) x0 + t eps."""
@@ -564,25 +102,21 @@ def cosine_path(t):
 
 
 def vp_path(t, low=0.1, high=20.0):
-    """Variance preserving diffusion (Song et al. 2021, linear beta from `low` to `high`) as a path; s' is
-    unbounded at t = 0, so s is kept above 1e-4 there."""
+    """Variance preserving diffusion (Song et al. 2021), beta linear from `low` to `high`."""
     a = torch.exp(-0.25 * t ** 2 * (high - low) - 0.5 * t * low)
-    s = (1 - a ** 2).clamp_min(1e-8).sqrt()
+    s = (1 - a ** 2).clamp_min(1e-8).sqrt()              # at least 1e-4, since s' is unbounded at t = 0
     da = -0.5 * (t * (high - low) + low) * a
     return a, s, da, -a * da / s
 
 
 PATHS = {"linear": linear_path, "cosine": cosine_path, "vp": vp_path}      # t -> a, s, a', s'  (Eq. 1)
-
-TIMES = {"uniform": lambda u: u,                                           # Eq. 4
-         "logit-normal": lambda u: torch.special.ndtri(u).sigmoid()}       # Esser et al. 2024, location 0, scale 1
+TIMES = {"uniform": lambda u: u,                                           # uniform u -> t  (Eq. 4)
+         "logit-normal": lambda u: torch.special.ndtri(u).sigmoid()}       # Esser et al. 2024
 
 
 def cicfm_loss(model, coords, x0, eps, t, query, path="linear", label=None, tokens=None, drop=None):
-    """CICFM loss (Eq. 4): squared error of the velocity, mean over batch, decoded pairs and channels.
-
-    coords (N, 2) or None for points; x0 and eps (B, N, 3); t (B,); query (B, M) int64, the decoded pairs' places
-    among the N context pairs. The queries carry the same noise as in the context. Returns a float32 scalar."""
+    """CICFM loss (Eq. 4): squared error of the velocity at the queries, mean over all, float32.
+    x0, eps (B, N, 3); query (B, M) int64 picks the decoded pairs, with their noise, out of the context."""
     a, s, da, ds = (z[:, None, None] for z in PATHS[path](t))                            # (B, 1, 1)
     pick = query[..., None].expand(-1, -1, x0.shape[-1])                                 # (B, M, 3)
     xt = a * x0 + s * eps                                                                # (B, N, 3)
@@ -592,92 +126,458 @@ def cicfm_loss(model, coords, x0, eps, t, query, path="linear", label=None, toke
     return F.mse_loss(v.float(), target)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# python model.py: the presets in numbers
+# ---- The model ------------------------------------------------------------------------------------------
 
-PAPER_MILLIONS = {"S": 35, "B": 138, "L": 458, "XL": 733, "point-B": 108, "point-L": 204}       # Tabs. 5 and 6
+class ASFT(nn.Module):
+    """Velocity network. A sampler calls `encode` and `prepare` once a step, `decode` once a chunk of queries.
+    The batch B of t, label, tokens and drop may be a multiple of that of values, b (guidance)."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, D, K = cfg, cfg.width, cfg.levels
+        self.grad_checkpoint = False      # recompute blocks and queries in the backward pass: saves memory
+        self.encoder = ENCODERS[cfg.domain][cfg.encoder](cfg)
+        self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+        self.classes = nn.Embedding(cfg.n_classes + 1, D) if cfg.n_classes else None   # last row: null
+        self.tokens = nn.Linear(cfg.token_dim, D) if cfg.token_dim else None
+        self.null_token = nn.Parameter(torch.empty(cfg.token_dim)) if cfg.token_dim else None
+        context = getattr(self.encoder, "gives_context", False)
+        first = [True] + [False] * cfg.first_self if context else []     # True: the block reads the context
+        group = ([True] if context and cfg.reread else []) + [False] * cfg.self_layers
+        self.level_ends = [len(first) + len(group) * (cfg.depth * k // K) for k in range(1, K + 1)]
+        self.trunk = nn.ModuleList(Block(cfg, r, tokens=cfg.token_dim > 0) for r in first + group * cfg.depth)
+        self.register_buffer("rope", rope_table(cfg) if cfg.rope else None, persistent=False)
+        self.query_value = Stem(3, D)
+        if cfg.domain == "image":
+            self.register_buffer("freqs", image_freqs(cfg.res, D), persistent=False)
+        else:
+            self.query_embedding = PointEmbedding(cfg)
+        self.decoder = nn.ModuleList(Block(cfg, reads=True) for _ in range(cfg.levels))
+        self.head_modulation = nn.Linear(D, 4 * D)
+        self.head = nn.Linear(2 * D, 3)
+        self.init_weights()
+
+    def init_weights(self):
+        """Xavier for every matrix, zero biases; as in DiT gates, modulations and output start at zero.
+        The value stem keeps torch's start: without a bias its LayerNorm would hide the size of a value (loss
+        of the glyphs after 400 steps: 0.188, with it 0.177)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for table in (self.encoder.latents, self.null_token, self.classes and self.classes.weight,
+                      self.time[0].weight, self.time[2].weight):
+            if table is not None:
+                nn.init.normal_(table, std=0.02)
+        for stem in (module for module in self.modules() if isinstance(module, Stem)):
+            stem[0].reset_parameters()
+        modulations = [block.modulation for block in (*self.trunk, *self.decoder)]
+        for layer in (*modulations, self.head_modulation, self.head):
+            nn.init.zeros_(layer.weight)
+
+    @property
+    def device(self):
+        return self.head.weight.device
+
+    def forward(self, coords, values, query_coords, query_values, t, label=None, tokens=None, drop=None):
+        """Velocities (B, M, 3) at the queries given the context; shapes as in `encode` and `decode`."""
+        levels = self.encode(coords, values, t, label, tokens, drop)                     # K x (B, L, D)
+        prepared = self.prepare(levels, t, label, drop)
+        if not (self.grad_checkpoint and self.training):
+            return self.decode(prepared, query_coords, query_values)                     # (B, M, 3)
+        velocities = []
+        for i in range(0, query_values.shape[1], 2048):
+            some = None if query_coords is None else query_coords[..., i:i + 2048, :]
+            some = some, query_values[:, i:i + 2048]
+            velocities.append(checkpoint(self.decode, prepared, *some, use_reentrant=False))
+        return torch.cat(velocities, 1)                                                  # (B, M, 3)
+
+    def encode(self, coords, values, t, label=None, tokens=None, drop=None):
+        """Latents of every decoder level, K x (B, L, D). coords (N, 2), (B, N, 2) or None; values (b, N, 3),
+        an image's whole training grid, in any order; drop (B,) bool puts in the null class and token."""
+        N = self.cfg.res ** 2 if self.cfg.domain == "image" else self.cfg.points
+        if values.shape[2:] != (3,) or self.cfg.encoder != "perceiver" and values.shape[1] != N:
+            raise ValueError(f"context values must have shape (B, {N}, 3), not {tuple(values.shape)}")
+        latents, context = self.encoder(coords, values)                                  # (b, L, D) (b, N, D)
+        c = self.condition(t, label, drop)                                               # (B, D)
+        x = repeat_to(latents, len(c))                                                   # (B, L, D)
+        if self.tokens is not None:
+            if tokens is None:
+                tokens = self.null_token.expand(len(c), 1, -1)
+            elif drop is not None:
+                tokens = torch.where(drop[:, None, None], self.null_token.to(tokens.dtype), tokens)
+            tokens = self.tokens(tokens)                                                 # (B, T, D)
+        again = self.grad_checkpoint and self.training
+        levels = []
+        for i, block in enumerate(self.trunk, 1):
+            kv = None
+            if block.context_norm is not None:
+                kv = tuple(repeat_to(z, len(c)) for z in block.keys_values(context))     # (B, H, N, D/H) each
+            run = partial(checkpoint, block, use_reentrant=False) if again else block
+            x = run(x, block.modulations(c), kv, tokens, self.rope)                      # (B, L, D)
+            if i in self.level_ends:
+                levels.append(x)
+        return levels
+
+    def prepare(self, levels, t, label=None, drop=None):
+        """What all queries share: modulations, keys and values of every decoder block, and the head with its
+        modulation folded in: W ((1 + scale) x + shift) + b = (W (1 + scale)) x + (W shift + b)."""
+        c = self.condition(t, label, drop)                                               # (B, D)
+        blocks = []
+        for block, latents in zip(self.decoder, levels):
+            k, v = block.keys_values(latents)                                            # (B, H, L, D/H) each
+            blocks.append((block.modulations(c), (k.to(v.dtype), v)))
+        shift, scale = self.head_modulation(F.silu(c))[:, None].chunk(2, -1)             # (B, 1, 2D) each
+        weight = (self.head.weight * (1 + scale)).mT                                     # (B, 2D, 3)
+        return blocks, weight, self.head(shift)                                          # bias (B, 1, 3)
+
+    def decode(self, prepared, coords, values):
+        """Velocities (B, M, 3) at coords (M, 2), (B, M, 2) or None, values (b, M, 3); each on its own."""
+        if values.shape[2:] != (3,):
+            raise ValueError(f"query values must have shape (B, M, 3), not {tuple(values.shape)}")
+        blocks, weight, bias = prepared
+        value = self.query_value(values)                                                 # (b, M, D)
+        if self.cfg.domain == "image":
+            x = value + fourier(coords, self.freqs)                                      # (b, M, D)
+        else:
+            x = self.query_embedding(values)                                             # (b, M, D)
+        x, value = repeat_to(x, len(bias)), repeat_to(value, len(bias))                  # (B, M, D)
+        for block, (modulations, kv) in zip(self.decoder, blocks):
+            x = block(x, modulations, kv)                                                # (B, M, D)
+        x = torch.cat([x, value.to(x.dtype)], -1)                                        # (B, M, 2D)
+        return torch.baddbmm(bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), weight)      # (B, M, 3)
+
+    def condition(self, t, label, drop):
+        """Condition vector, time plus class embedding: (B, D)."""
+        if t.dim() != 1:
+            raise ValueError(f"t must have shape (B,), not {tuple(t.shape)}")
+        c = self.time(time_features(t))                                                  # (B, D)
+        if self.classes is not None:
+            null = torch.full_like(t, self.cfg.n_classes, dtype=torch.long)
+            if label is None:
+                label = null
+            elif drop is not None:
+                label = torch.where(drop, null, label)
+            c = c + self.classes(label)                                                  # (B, D)
+        return c
+
+
+# ---- Encoders: forward(coords, values) -> latents (b, L, D), context (b, N, D) or None ------------------
+
+class SpatialEncoder(nn.Module):
+    """Spatial-aware encoder (Sec. 3.4): latent l, on a sqrt(L) x sqrt(L) grid, reads its own p x p window."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.res, self.side, freqs = cfg.res, math.isqrt(cfg.latents), image_freqs(cfg.res, cfg.width)
+        self.register_buffer("centres", fourier(image_coords(self.side), freqs), persistent=False)
+        self.register_buffer("inside", fourier(image_coords(self.res // self.side), freqs), persistent=False)
+        self.latents = nn.Parameter(torch.empty(cfg.latents, cfg.width))
+        self.stem = Stem(3, cfg.width)
+        self.read = WindowAttention(cfg)
+
+    def forward(self, coords, values):
+        values = to_windows(coords, values, self.res, self.side)                         # (L, b, n, 3)
+        x = self.latents + self.centres                                                  # (L, D)
+        x = self.read(x, values, lambda y: self.stem(y) + self.inside)                   # (b, L, D)
+        return x + self.centres, None
+
+
+class LinearEncoder(nn.Module):
+    """ASFT-linear (App. B): one Linear over the values of a window in place of the attention."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.res, self.side, D = cfg.res, math.isqrt(cfg.latents), cfg.width
+        centres = fourier(image_coords(self.side), image_freqs(cfg.res, D))              # (L, D)
+        self.register_buffer("centres", centres, persistent=False)
+        self.latents = nn.Parameter(torch.empty(cfg.latents, D))
+        self.patch = nn.Linear(3 * cfg.res ** 2 // cfg.latents, D)
+        self.out = nn.Sequential(nn.LayerNorm(D), MLP(D, D))
+
+    def forward(self, coords, values):
+        values = to_windows(coords, values, self.res, self.side)                         # (L, b, n, 3)
+        x = self.latents + self.patch(values.transpose(0, 1).flatten(2))                 # (b, L, D)
+        return self.out(x) + self.centres, None
+
+
+class PerceiverEncoder(nn.Module):
+    """PerceiverIO (points; on images Tab. 8): learned latents, and a context of embedded pairs."""
+    gives_context = True
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.latents = nn.Parameter(torch.empty(cfg.latents, cfg.width))
+        self.embedding = Stem(3, cfg.width) if cfg.domain == "image" else PointEmbedding(cfg)
+        self.register_buffer("freqs", image_freqs(cfg.res, cfg.width), persistent=False)
+
+    def forward(self, coords, values):
+        context = self.embedding(values)                                                 # (b, N, D)
+        if coords is not None:
+            context = context + fourier(coords, self.freqs)                              # (b, N, D)
+        return self.latents.expand(len(values), -1, -1), context                         # (b, L, D) (b, N, D)
+
+
+class HashEncoder(nn.Module):
+    """Spatial variant for points (App. A): latents read equal runs of points in Z-order."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.latents = nn.Parameter(torch.empty(cfg.latents, cfg.width))
+        self.embedding = PointEmbedding(cfg)
+        self.read = WindowAttention(cfg)
+
+    def forward(self, coords, values):
+        order = morton_code(values).argsort(dim=1, stable=True)                          # (b, N)
+        values = values.gather(1, order[..., None].expand_as(values))                    # (b, N, 3)
+        runs = values.view(len(values), len(self.latents), -1, 3).transpose(0, 1)        # (L, b, n, 3)
+        latents = self.read(self.latents, runs, self.embedding)                          # (b, L, D)
+        return latents + self.embedding(runs.mean(2)).transpose(0, 1), None
+
+
+ENCODERS = {"image": {"spatial": SpatialEncoder, "linear": LinearEncoder, "perceiver": PerceiverEncoder},
+            "points": {"perceiver": PerceiverEncoder, "hash": HashEncoder}}
+
+
+def to_windows(coords, values, res, side):
+    """Sorts the pairs of a res x res grid, in any order, into its windows: (b, N, 3) -> (L, b, n, 3)."""
+    (b, N, _), p = values.shape, res // side
+    j, i = (coords * res).long().clamp_(0, res - 1).unbind(-1)                           # column, row
+    slot = ((i // p * side + j // p) * p + i % p) * p + j % p
+    grid = torch.zeros_like(values).scatter(1, slot.expand(b, N)[..., None].expand_as(values), values)
+    return grid.view(b, side * side, p * p, 3).transpose(0, 1)
+
+
+class WindowAttention(nn.Module):
+    """Cross-attention of every latent to the n pairs of its own window, then LayerNorm and an MLP.
+    Absorbed form: the batch shares q_l, so score(l, n) = (W_k^T q_l) . x_n (a key bias cancels) and
+    out_l = W_v (sum_n a_ln x_n) + b_v. At 256 x 256 it saves B 150 of 496 forward GFLOP, and keys and values.
+    Some windows at a time, in training again in the backward pass: XL's whole x (N, D) would be 151 MB a
+    sample in bfloat16, while reading costs 2 % of the FLOPs."""
+    AT_A_TIME = {"cpu": 2 ** 21, "cuda": 2 ** 28}      # numbers of the embedded pairs; a CPU's fit its cache
+
+    def __init__(self, cfg):
+        super().__init__()
+        D, self.heads = cfg.width, cfg.encoder_heads or cfg.heads
+        self.q = nn.Linear(D, D)
+        self.k = nn.Linear(D, D, bias=False)
+        self.v = nn.Linear(D, D)
+        self.norm = nn.LayerNorm(D)
+        self.mlp = MLP(D, D)
+
+    def pool(self, q, values, embed):
+        """Attention of l latents, absorbed queries q (l, D, H), to values (l, b, n, 3) -> (b, l, D)."""
+        l, b, n, _ = values.shape
+        x = embed(values)                                                                # (l, b, n, D)
+        attn = torch.bmm(x.flatten(1, 2), q).view(l, b, n, -1).softmax(2)                # (l, b, n, H)
+        x = torch.matmul(attn.transpose(2, 3).to(x.dtype), x)                            # (l, b, H, D)
+        weight = self.v.weight.view(self.heads, -1, x.shape[-1]).to(x.dtype)             # (H, D/H, D)
+        return torch.einsum("lbhc,hdc->blhd", x, weight).flatten(2)                      # (b, l, D)
+
+    def forward(self, latents, values, embed):
+        """latents (L, D), values (L, b, n, 3), embed: (..., n, 3) -> (..., n, D). Returns (b, L, D)."""
+        (L, b, n, _), D, H = values.shape, latents.shape[-1], self.heads
+        q = self.q(latents).view(L, H, -1) * (D // H) ** -0.5                            # (L, H, D/H)
+        q = torch.einsum("lhd,hdc->lch", q, self.k.weight.view(H, -1, D).to(q.dtype))    # (L, D, H)
+        some = max(1, self.AT_A_TIME.get(values.device.type, 2 ** 28) // (b * n * D))
+        pool = self.pool
+        if some < L and torch.is_grad_enabled():
+            pool = partial(checkpoint, self.pool, use_reentrant=False, preserve_rng_state=False)
+        x = torch.cat([pool(*part, embed) for part in zip(q.split(some), values.split(some))], 1)
+        return self.mlp(self.norm(x + self.v.bias))                                      # (b, L, D)
+
+
+# ---- Blocks and embeddings ------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head attention with QK-norm (RMSNorm per head), to keys and values that are computed once."""
+    def __init__(self, cfg):
+        super().__init__()
+        D, self.heads = cfg.width, cfg.heads
+        self.q = nn.Linear(D, D)
+        self.kv = nn.Linear(D, 2 * D)
+        self.out = nn.Linear(D, D)
+        self.q_norm = nn.RMSNorm(D // cfg.heads, eps=1e-6) if cfg.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D // cfg.heads, eps=1e-6) if cfg.qk_norm else nn.Identity()
+
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                         # (B, H, N, D/H)
+
+    def keys_values(self, context):
+        """context (B, N, D) -> normed keys and values, each (B, H, N, D/H)."""
+        k, v = self.kv(context).chunk(2, -1)                                             # (B, N, D) each
+        return self.k_norm(self.split(k).float()), self.split(v)
+
+    def forward(self, x, k, v, rope=None):
+        q = self.q_norm(self.split(self.q(x)).float())                                   # (B, H, M, D/H)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        # a CPU trains with few keys up to 2 x as fast in float32; with 1024 bfloat16 is faster by a third
+        few = x.device.type == "cpu" and x.requires_grad and k.shape[2] < 256
+        dtype = torch.float32 if few else v.dtype
+        with torch.autocast("cpu", enabled=False):
+            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype))    # (B, H, M, D/H)
+        return self.out(x.transpose(1, 2).flatten(2))                                    # (B, M, D)
+
+
+class MLP(nn.Sequential):
+    def __init__(self, width, hidden):
+        super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+
+class Block(nn.Module):
+    """AdaLN-Zero block (DiT): attention, attention to condition tokens if any, MLP. With `reads` keys and
+    values come from a layer-normed context: embedded pairs (perceiver encoder) or latents (decoder)."""
+    def __init__(self, cfg, reads=False, tokens=False):
+        super().__init__()
+        self.attention = Attention(cfg)
+        self.context_norm = nn.LayerNorm(cfg.width) if reads else None
+        self.token_attention = Attention(cfg) if tokens else None
+        self.mlp = MLP(cfg.width, 4 * cfg.width)
+        self.modulation = nn.Linear(cfg.width, (9 if tokens else 6) * cfg.width)
+
+    def keys_values(self, context):
+        return self.attention.keys_values(self.context_norm(context))
+
+    def modulations(self, c):
+        """Shift, scale and gate of every layer from the condition c (B, D): 6 or 9 tensors (B, 1, D)."""
+        parts = 6 if self.token_attention is None else 9
+        return self.modulation(F.silu(c))[:, None].chunk(parts, -1)
+
+    def forward(self, x, modulations, kv=None, tokens=None, rope=None):
+        """x (B, N, D); kv: keys and values to read, None for those of x; tokens (B, T, D)."""
+        shift, scale, gate, shift2, scale2, gate2, *third = modulations
+        h = modulate(x, shift, scale)
+        x = torch.addcmul(x, gate, self.attention(h, *(kv or self.attention.keys_values(h)), rope))
+        if self.token_attention is not None:
+            shift3, scale3, gate3 = third
+            h = modulate(x, shift3, scale3)
+            x = torch.addcmul(x, gate3, self.token_attention(h, *self.token_attention.keys_values(tokens)))
+        return torch.addcmul(x, gate2, self.mlp(modulate(x, shift2, scale2)))            # (B, N, D)
+
+
+def modulate(x, shift, scale):
+    """Adaptive layer norm: LayerNorm without affine, then scale and shift from the condition."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+class Stem(nn.Sequential):
+    """Value stem: Linear, LayerNorm, SiLU, in float32 since the values carry the noise.
+    In closed form: the centred Linear is W (y, 1), its variance (y, 1) W^T W (y, 1)^T / D, so y / std is
+    mapped at once. This spares two passes over (..., D) and its copy for the backward pass."""
+    def __init__(self, channels, width):
+        super().__init__(nn.Linear(channels, width), nn.LayerNorm(width), nn.SiLU())
+
+    def forward(self, y):
+        linear, norm, activation = self
+        with torch.autocast("cpu" if y.is_meta else y.device.type, enabled=False):
+            W = torch.cat([linear.weight, linear.bias[:, None]], 1)                      # (D, 4)
+            W = W - W.mean(0)
+            y = F.pad(y.float(), (0, 1), value=1.0)                                      # (..., 4)
+            variance = ((y @ (W.T @ W / len(W))) * y).sum(-1, keepdim=True)              # (..., 1)
+            y = y * (variance + norm.eps).rsqrt()                                        # (..., 4)
+            return activation(F.linear(y, norm.weight[:, None] * W, norm.bias))          # (..., D)
+
+
+class PointEmbedding(nn.Module):
+    """A point as coordinate and value at once: Linear of [proj(fourier(y)), proj(y)]."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.register_buffer("freqs", 2.0 ** torch.arange(10), persistent=False)         # ten octaves
+        self.coord = nn.Linear(6 * len(self.freqs), cfg.width)
+        self.value = nn.Linear(3, cfg.width)
+        self.out = nn.Linear(2 * cfg.width, cfg.width)
+
+    def forward(self, values):
+        x = torch.cat([self.coord(fourier(values, self.freqs)), self.value(values)], -1)     # (..., 2D)
+        return self.out(x)                                                               # (..., D)
+
+
+def time_features(t, width=256):
+    """Sinusoidal embedding of 1000 t, periods up to 10,000 (DiT): (B,) -> (B, width), float32."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angle = 1000 * t.float()[:, None] * freqs
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def repeat_to(x, B):
+    """Repeats what does not see the condition for the halves of guidance: (b, ...) -> (B, ...)."""
+    return x if len(x) == B else x.expand(B // len(x), *x.shape).flatten(0, 1)           # no copy of b = 1
+
+
+# ---- Coordinates ----------------------------------------------------------------------------------------
+
+def image_coords(height, width=None, device=None, box=None):
+    """Pixel centres in row-major order: (height*width, 2) float32, or those in a box (x0, y0, x1, y1).
+    With corners in their place the image would shift with the resolution."""
+    width = width or height
+    x0, y0, x1, y1 = box or (0, 0, width, height)
+    y = (torch.arange(y0, y1, device=device, dtype=torch.float32) + 0.5) / height
+    x = (torch.arange(x0, x1, device=device, dtype=torch.float32) + 0.5) / width
+    return torch.stack([x.expand(len(y), len(x)), y[:, None].expand(len(y), len(x))], -1).reshape(-1, 2)
+
+
+def image_freqs(res, width):
+    """Angular frequencies (D/4,). The top one is below the Nyquist limit pi res of the training grid, so that
+    nothing is left free between the training pixels."""
+    return math.pi * 2 ** torch.linspace(0, math.log2(7 * res / 16), width // 4)
+
+
+def fourier(coords, freqs):
+    """sin and cos of every axis at each frequency: (..., axes) -> (..., 2 axes len(freqs))."""
+    angle = coords.float()[..., None] * freqs                                            # (..., axes, freqs)
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
+def morton_code(points, bits=10):
+    """Z-order code of points in [-1, 1]^3 on a 2^bits grid (App. A): (..., 3) -> (...) int64."""
+    cell = ((points.float().clamp(-1, 1) + 1) * 0.5 * (2 ** bits - 1)).long()
+    code = torch.zeros_like(cell[..., 0])
+    for i in range(3 * bits):
+        code |= ((cell[..., i % 3] >> i // 3) & 1) << i
+    return code
+
+
+def rope_table(cfg):
+    """Cosine and sine of axial rotary angles, half of the pairs by column, half by row: (2, L, D/H/2)."""
+    side, quarter = math.isqrt(cfg.latents), cfg.width // cfg.heads // 4
+    freqs = 10000.0 ** (-torch.arange(quarter) / quarter)
+    angle = torch.arange(side)[:, None] * freqs                                          # (side, D/H/4)
+    angle = torch.cat([angle.repeat(side, 1), angle.repeat_interleave(side, 0)], -1)     # (L, D/H/2)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x, rope):
+    """Turns the channel pairs (i, i + d/2) of x (B, H, L, d) by the angles of their position."""
+    cos, sin = rope.to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+# ---- python model.py: the presets in numbers ------------------------------------------------------------
+
+PAPER_MILLIONS = {"S": 35, "B": 138, "L": 458, "XL": 733, "point-B": 108, "point-L": 204}    # Tabs. 5, 6
 DECODED = {"tiny": 256, "point-tiny": 512, "point-B": 2048, "point-L": 2048, "point-objaverse": 16384}
 
 
-def counting(cfg):
-    """A model and the arguments of its loss for one batch, as functions of the batch; for use under a mode that computes no
-    numbers."""
-    N = cfg.res ** 2 if cfg.domain == "image" else cfg.points
-    coords = torch.empty(N, 2) if cfg.domain == "image" else None
-    return ASFT(cfg), lambda B, M: dict(
-        coords=coords, x0=torch.empty(B, N, 3), eps=torch.empty(B, N, 3), t=torch.empty(B), query=torch.zeros(B, M, dtype=torch.long),
-        tokens=torch.empty(B, 576, cfg.token_dim) if cfg.token_dim else None)
-
-
 def forward_flops(cfg, decoded):
-    """Floating-point operations of one training sample's forward pass, counted on the meta device, and the parameters."""
+    """Floating-point operations of a training sample's forward pass, on the meta device, and parameters."""
     from torch.utils.flop_counter import FlopCounterMode
+    N = cfg.res ** 2 if cfg.domain == "image" else cfg.points
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model, batch = counting(cfg)
-        cicfm_loss(model, **batch(1, decoded))
+        model, x0 = ASFT(cfg), torch.empty(1, N, 3)
+        coords = torch.empty(N, 2) if cfg.domain == "image" else None
+        query = torch.zeros(1, decoded, dtype=torch.long)
+        tokens = torch.empty(1, 576, cfg.token_dim) if cfg.token_dim else None
+        cicfm_loss(model, coords, x0, x0, torch.empty(1), query, tokens=tokens)
     return counter.get_total_flops(), sum(p.numel() for p in model.parameters())
 
 
-def activation_bytes(cfg, decoded, batch, grad_checkpoint=False):
-    """Bytes that the forward pass of a training step keeps for the backward pass, uncompiled, under bfloat16 autocast: counted
-    on tensors without numbers. What is recomputed counts by its inputs, and once, by its largest part."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    stored, own, largest = [{}], set(), 0
-
-    def keep(x):
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            stored[-1][storage._cdata] = storage               # held, so that no other takes its address
-        return x
-
-    def tensors(args):
-        return [x for arg in args for x in (tensors(arg) if isinstance(arg, (tuple, list)) else [arg]) if isinstance(x, torch.Tensor)]
-
-    def recomputed(function, *args, **_):
-        nonlocal largest
-        for x in tensors(args):
-            keep(x)
-        stored.append({})
-        out = function(*args)
-        largest = max(largest, sum(s.nbytes() for key, s in stored.pop().items() if key not in stored[-1]))
-        return out
-
-    global checkpoint
-    original, checkpoint = checkpoint, recomputed
-    try:
-        with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-            model, arguments = counting(cfg)
-            model.grad_checkpoint = grad_checkpoint
-            if hasattr(model, "encoder"):
-                model.encoder.AT_A_TIME = {"cpu": WindowEncoder.AT_A_TIME["cuda"]}
-            own.update(p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers()))
-            loss = cicfm_loss(model, **arguments(batch, decoded))
-            total = sum(s.nbytes() for s in stored[0].values())
-            del loss
-    finally:
-        checkpoint = original
-    return total + largest
-
-
 def main():
-    imagenet = 1000                      # the paper's image counts are those of class-conditional models
-    print(f"{'preset':16}{'context':>9}{'decoded':>9}{'parameters':>12}{'paper':>8}{'forward GFLOP':>15}{'GB a sample':>13}{'recomputed':>12}")
+    print(f"{'preset':16}{'decoded':>9}{'parameters':>12}{'paper, M':>10}{'forward GFLOP':>15}")
     for name in PRESETS:
-        image = PRESETS[name].get("domain", "image") == "image"
-        cfg = config(name, n_classes=36 if name == "tiny" else imagenet if image else 0)
-        decoded = DECODED.get(name, 8192)
-        flops, count = forward_flops(cfg, decoded)
-        one, two = ([activation_bytes(cfg, decoded, B, again) for again in (False, True)] for B in (8, 16))
-        context = f"{cfg.res}x{cfg.res}" if image else cfg.points
-        paper = f"{PAPER_MILLIONS[name]}M" if name in PAPER_MILLIONS else "-"
-        print(f"{name:16}{context:>9}{decoded:>9}{count / 1e6:>11.1f}M{paper:>8}{flops / 1e9:>15.2f}"
-              f"{(two[0] - one[0]) / 8e9:>13.3f}{(two[1] - one[1]) / 8e9:>12.3f}")
-    print("GB a sample: activations kept for the backward pass under bfloat16 autocast, uncompiled; recomputed: with "
-          "--grad-checkpoint.\nA batch adds its share of 20 bytes a parameter: weights, gradient, two of Adam, average.")
-    cfg = config("XL", n_classes=imagenet)
-    for again in (False, True):
-        total = activation_bytes(cfg, 8192, 64, again) + 20 * forward_flops(cfg, 8192)[1]
-        print(f"XL at 256 x 256, 64 samples a GPU (batch 512 on 8){', recomputed' if again else ''}: {total / 1e9:.0f} GB, estimated")
+        decoded, paper = DECODED.get(name, 8192), PAPER_MILLIONS.get(name, "-")
+        classes = 1000 if config(name).domain == "image" else 0                          # as the paper counts
+        flops, parameters = forward_flops(config(name, n_classes=classes), decoded)
+        print(f"{name:16}{decoded:>9}{parameters / 1e6:>11.1f}M{paper:>10}{flops / 1e9:>15.2f}")
+    print("Memory and days of a recipe: python tools/plan.py --dataset imagenet256")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The Frechet distance between two sets of features: FID, sFID, FID_CLIP, P-FID, by whose features they are.
 
-    d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^{1/2}                        (Heusel et al. 2017, Eq. 6)
+    d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^{1/2}                  (Heusel et al. 2017, Eq. 6)
 
-of the means mu (d,) and covariances S (d,d), ddof 1, of features (n,d); everything in float64. Needs torch only.
+of the means mu (d,) and covariances S (d,d), ddof 1, of features (n,d); everything in float64. In order:
+Moments, which gathers mean and covariance; sqrt_trace, the last term; frechet_distance. Needs torch only.
 """
 import torch
 
@@ -10,8 +11,8 @@ import torch
 class Moments:
     """Mean and covariance of features that come in batches; two of them merge into that of both.
 
-    Keeps the number n of rows, their mean (d,) and scatter (d,d) = sum of outer products of deviations from the mean, in
-    float64 on `device`. Batches are joined by the pairwise update of Chan, Golub & LeVeque (1979), which does not cancel."""
+    Keeps the number n of rows, their mean (d,) and scatter (d,d), the sum of outer products of deviations
+    from it. Batches are joined by the update of Chan, Golub & LeVeque (1979), which does not cancel."""
 
     def __init__(self, dim, device="cpu"):
         self.n = 0
@@ -19,29 +20,29 @@ class Moments:
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def update(self, x):
-        """Adds features (b,d) of any floating type. Raises ValueError for another width and for values that are not finite."""
+        """Adds features (b,d) of any floating type. ValueError for another width or values not finite."""
         x = torch.as_tensor(x, device=self.mean.device).detach()
         if x.dim() != 2 or x.shape[1] != len(self.mean):
             raise ValueError(f"features {tuple(x.shape)}: expected (b,{len(self.mean)})")
         x = x.double()
-        if not x.isfinite().all():
-            row = int((~x.isfinite().all(1)).nonzero()[0])
-            raise ValueError(f"features of item {self.n + row} are not finite")
-        other = Moments.__new__(Moments)
+        for i in (~x.isfinite().all(1)).nonzero():
+            raise ValueError(f"features of item {self.n + int(i)} are not finite")
+        other = Moments(x.shape[1], x.device)
         other.n, other.mean = len(x), x.mean(0)
         other.scatter = (x - other.mean).mT @ (x - other.mean)
-        return self.merge(other) if other.n else self
+        return self.merge(other)
 
     def merge(self, other):
         """Adds what another has seen. Raises ValueError for another width."""
         if len(other.mean) != len(self.mean):
             raise ValueError(f"moments of width {len(other.mean)}: expected width {len(self.mean)}")
-        n = self.n + other.n
         if other.n:
-            delta = other.mean.to(self.mean.device) - self.mean
+            n, device = self.n + other.n, self.mean.device
+            delta = other.mean.to(device) - self.mean
+            between = torch.outer(delta, delta) * (self.n * other.n / n)
             self.mean = self.mean + delta * (other.n / n)
-            self.scatter = self.scatter + other.scatter.to(self.mean.device) + torch.outer(delta, delta) * (self.n * other.n / n)
-        self.n = n
+            self.scatter = self.scatter + other.scatter.to(device) + between
+            self.n = n
         return self
 
     def to(self, device):
@@ -59,9 +60,9 @@ class Moments:
 def sqrt_trace(S1, S2):
     """tr (S1 S2)^{1/2} of two symmetric positive semi-definite matrices (d,d), a float.
 
-    S1 S2 has the eigenvalues of the symmetric R S2 R^T for any R with R^T R = S1: the Cholesky factor, or where S1 is
-    singular that of its eigenvectors. In float64; negative eigenvalues are rounding and count as 0. Exact for
-    rank-deficient matrices, where sqrtm(S1 S2) is not."""
+    S1 S2 has the eigenvalues of the symmetric R S2 R^T for any R with R^T R = S1: the Cholesky factor or, if
+    S1 is singular, that of its eigenvectors. In float64; negative eigenvalues are rounding and count as 0.
+    Exact for rank-deficient matrices, where sqrtm(S1 S2) is not."""
     S1, S2 = (torch.as_tensor(S).double() for S in (S1, S2))
     if S1.dim() != 2 or S1.shape[0] != S1.shape[1] or S1.shape != S2.shape:
         raise ValueError(f"covariances {tuple(S1.shape)}, {tuple(S2.shape)}: expected (d,d) twice")
@@ -69,7 +70,7 @@ def sqrt_trace(S1, S2):
     R = L.mT
     if singular:
         values, vectors = torch.linalg.eigh(S1)
-        keep = values > values[-1] * len(S1) * torch.finfo(torch.float64).eps  # the others are rounding of a zero
+        keep = values > values[-1] * len(S1) * torch.finfo(torch.float64).eps          # others: rounding of 0
         R = values[keep].sqrt()[:, None] * vectors[:, keep].mT
     return torch.linalg.eigvalsh(R @ S2 @ R.mT).clamp_min(0).sqrt().sum().item()
 
@@ -77,14 +78,13 @@ def sqrt_trace(S1, S2):
 def frechet_distance(mu1, S1, mu2, S2):
     """Squared Frechet (2-Wasserstein) distance of N(mu1, S1) and N(mu2, S2), the number that is called FID.
 
-    mu (d,), S (d,d), tensors or arrays, any floating type -> float >= 0 (what rounding makes negative is 0). Nothing is ever
-    added to a diagonal. Raises ValueError for shapes that do not fit and values that are not finite."""
-    mu1, S1, mu2, S2 = (torch.as_tensor(x).double().cpu() for x in (mu1, S1, mu2, S2))
-    d = len(mu1) if mu1.dim() == 1 else 0
-    if d == 0 or mu2.shape != (d,) or S1.shape != (d, d) or S2.shape != (d, d):
-        raise ValueError(f"means {tuple(mu1.shape)}, {tuple(mu2.shape)} and covariances {tuple(S1.shape)}, {tuple(S2.shape)}: "
-                         f"expected (d,), (d,), (d,d), (d,d)")
-    if not all(x.isfinite().all() for x in (mu1, S1, mu2, S2)):
+    mu (d,), S (d,d), tensors or arrays, any floating type -> float >= 0 (what rounding makes negative is 0).
+    Nothing is added to a diagonal. ValueError for shapes that do not fit and values that are not finite."""
+    given = mu1, S1, mu2, S2 = [torch.as_tensor(x).double().cpu() for x in (mu1, S1, mu2, S2)]
+    d, shapes = mu1.numel(), [tuple(x.shape) for x in given]
+    if d == 0 or shapes != [(d,), (d, d), (d,), (d, d)]:
+        raise ValueError(f"means and covariances {shapes}: expected (d,), (d,d), (d,), (d,d)")
+    if not all(x.isfinite().all() for x in given):
         raise ValueError("means or covariances that are not finite have no Frechet distance")
     squared = (mu1 - mu2).square().sum() + S1.trace() + S2.trace() - 2 * sqrt_trace(S1, S2)
     return max(0.0, squared.item())

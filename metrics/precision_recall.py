@@ -1,15 +1,16 @@
 """Precision and recall of generative models (Kynkaanniemi et al. 2019), as ADM's evaluator defines them.
 
-A set of features is covered by balls: around each item one that reaches its k-th nearest neighbour in the set. Precision is
-the share of fakes inside any ball of the real set, recall the share of reals inside any ball of the fake set; a distance
-equal to the radius is inside. N real, M fake, d features; Euclidean distances in float64. Needs torch only.
+A set of features is covered by balls: around each item one that reaches its k-th nearest neighbour in the
+set. Precision is the share of fakes inside any ball of the real set, recall the share of reals inside any
+ball of the fake set; a distance equal to the radius is inside. N real, M fake, d features; Euclidean
+distances in float64. In order: squared_distances, radii, share_covered, precision_recall. Needs torch only.
 """
 import torch
 
 
 def squared_distances(a, b):
-    """(n,d), (m,d) float64 -> (n,m). By the Gram matrix: n m d multiplications, no (n,m,d) array. What is left of a distance
-    of zero is rounding, below 1e-12 of the squared norms, and is set to zero: copies of one item are at distance 0."""
+    """(n,d), (m,d) float64 -> (n,m), by the Gram matrix; its rounding, 1e-12 of the squared norms, counts as
+    0."""
     aa, bb = a.square().sum(1)[:, None], b.square().sum(1)[None]
     squared = torch.addmm(aa + bb, a, b.mT, alpha=-2)
     return torch.where(squared < 1e-12 * (aa + bb), 0, squared)
@@ -17,32 +18,32 @@ def squared_distances(a, b):
 
 def radii(x, k, block):
     """Squared distance of each row of (n,d) to its k-th nearest neighbour, itself not counted: (n,)."""
-    return torch.cat([squared_distances(x[i:i + block], x).kthvalue(k + 1, dim=1).values for i in range(0, len(x), block)])
+    return torch.cat([squared_distances(rows, x).kthvalue(k + 1, dim=1).values for rows in x.split(block)])
 
 
 def share_covered(x, centres, radius, block):
     """Share of the rows of x that lie in any ball around `centres`."""
-    inside = [(squared_distances(x[i:i + block], centres) <= radius * (1 + 1e-12)).any(1) for i in range(0, len(x), block)]
+    radius = radius * (1 + 1e-12)
+    inside = [(squared_distances(rows, centres) <= radius).any(1) for rows in x.split(block)]
     return torch.cat(inside).double().mean().item()
 
 
 def precision_recall(real, fake, k=3, block=1024, device=None):
     """real (N,d), fake (M,d) features, tensors or arrays -> (precision, recall), both in 0..1.
 
-    `block` rows are compared with a whole set at a time: memory block x max(N, M) x 8 bytes, a few times; results do not
-    depend on it. Raises ValueError for sets of k items or fewer, other shapes, and features that are not finite."""
+    `block` rows are compared with a whole set at a time: a few times block x max(N, M) x 8 bytes; the result
+    is the same. Raises ValueError for k items or fewer, other shapes, and features that are not finite."""
     if k < 1 or block < 1:
         raise ValueError(f"k {k}, block {block}: expected at least 1 of each")
     real, fake = (torch.as_tensor(x, device=device).double() for x in (real, fake))
     for name, x in (("real", real), ("fake", fake)):
         if x.dim() != 2 or x.shape[1] != real.shape[-1]:
-            raise ValueError(f"{name} features are {tuple(x.shape)}: expected (n,d) with one d for both, real is {tuple(real.shape)}")
+            raise ValueError(f"{name} features are {tuple(x.shape)}: expected (n,{real.shape[-1]})")
         if len(x) <= k:
-            raise ValueError(f"precision and recall with k = {k} neighbours need at least {k + 1} {name} items, found {len(x)}")
-        if not x.isfinite().all():
-            raise ValueError(f"{name} features of item {int((~x.isfinite().all(1)).nonzero()[0])} are not finite")
-    centre = real.mean(0)                                              # far from the origin the Gram form would cancel
+            raise ValueError(f"precision and recall need at least {k + 1} {name} items, found {len(x)}")
+        for i in (~x.isfinite().all(1)).nonzero():
+            raise ValueError(f"{name} features of item {int(i)} are not finite")
+    centre = real.mean(0)                                  # far from the origin the Gram form would cancel
     real, fake = real - centre, fake - centre
-    precision = share_covered(fake, real, radii(real, k, block), block)
-    recall = share_covered(real, fake, radii(fake, k, block), block)
-    return precision, recall
+    return (share_covered(fake, real, radii(real, k, block), block),
+            share_covered(real, fake, radii(fake, k, block), block))
