@@ -1,11 +1,11 @@
 """Sample images or point clouds from a checkpoint, at any resolution: python sample.py --res 512
 
 The encoder always sees the context at the training resolution: a grid (or set of points) of its own noise,
-integrated along with the queries. Queries are any other coordinates with their own start, which never feed back
-into the latents: one seed has one content at every resolution, and cost is linear in the queries. Noise is a
-function of (seed, sample, size, tile, step), never of batch, chunk, crop or number of processes.
+integrated along with the queries. Queries are any other coordinates with their own start, which never feed
+back into the latents: one seed has one content at every resolution, and cost is linear in the queries. Noise is
+a function of (seed, sample, size, tile, step), never of batch, chunk, crop or number of processes.
 
-In this order: solvers; velocity and `generate`; noise; samples as files; checkpoints; processes; command line.
+In this order: solvers; velocity, `generate`; noise; samples as files; checkpoints; processes; command line.
 train.py and evaluate.py use its parts. It needs model.py alone, whose alphabet and conventions it keeps."""
 import argparse
 import ctypes
@@ -55,8 +55,8 @@ DP_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 4
 
 
 def dopri5(velocity, x, evaluations=100, rtol=1e-3, atol=1e-3, control=None):
-    """Adaptive Dormand-Prince 5(4), whose steps the error of the first `control` pairs sets (None: of all). When
-    the evaluations run out, the remaining time is cut into the steps left, whatever their error."""
+    """Adaptive Dormand-Prince 5(4), whose steps the error of the first `control` pairs sets (None: of all).
+    When the evaluations run out, the remaining time is cut into the steps left, whatever their error."""
     if evaluations < 7:
         raise ValueError(f"--evaluations {evaluations}: expected at least 7, one step of dopri5")
     t, h, used, forced = 1.0, 0.05, 1, 0
@@ -95,8 +95,8 @@ def sbdm(a, s, da, ds):
 
 def sde(velocity, x, steps, noise, path=linear_path, diffusion=sigma, last=0.004):
     """Euler-Maruyama on the reverse SDE, z = noise(i) at step i: x <- x - h (v - w score / 2) + sqrt(w h) z.
-    The last step, of size `last`, takes the mean. w h is kept below s^2, the variance of the noise in x: beyond it
-    one step overshoots what it corrects (sbdm is unbounded at t = 1)."""
+    The last step, of size `last`, takes the mean. w h is kept below s^2, the variance of the noise in x:
+    beyond it one step overshoots what it corrects (sbdm is unbounded at t = 1)."""
     if not 0 < last < 1:
         raise ValueError(f"--last {last}: expected a size between 0 and 1")
     times = [1 + (last - 1) * i / max(1, steps - 1) for i in range(steps)] + [0.0]
@@ -119,11 +119,12 @@ DIFFUSIONS = {"sigma": sigma, "sbdm": sbdm}
 # ---- From a model to samples
 
 class Velocity:
-    """Guided velocity v_null + g (v_cond - v_null) of a state whose first `context` pairs are the context. One of
-    its `calls` is one encoder pass, then the decoder in chunks; guidance 1 runs the conditional pass alone.
-    progress(share) hears of each chunk as a share of a call."""
+    """Guided velocity v_null + g (v_cond - v_null) of a state whose first `context` pairs are the context.
+    One of its `calls` is one encoder pass, then the decoder in chunks; guidance 1 runs the conditional pass
+    alone. progress(share) hears of each chunk as a share of a call."""
 
-    def __init__(self, model, coords, context, label=None, tokens=None, guidance=1.0, chunk=None, progress=None):
+    def __init__(self, model, coords, context, label=None, tokens=None, guidance=1.0, chunk=None,
+                 progress=None):
         self.model, self.coords, self.context, self.guidance = model, coords, context, guidance
         self.label, self.tokens, self.progress, self.calls = label, tokens, progress, 0
         # a CPU is fastest while the activations of a chunk stay in its cache, a GPU when it is filled
@@ -136,7 +137,7 @@ class Velocity:
         t = x.new_full((B * halves,), t)                                                 # (2B,)
         label = None if self.label is None else self.label.repeat(halves)                # (2B,)
         tokens = None if self.tokens is None else self.tokens.repeat(halves, 1, 1)       # (2B, T, token_dim)
-        drop = torch.arange(B * halves, device=x.device) >= B if self.guided else None  # the second half is null
+        drop = torch.arange(B * halves, device=x.device) >= B if self.guided else None  # the second half
         context = None if coords is None else coords[:self.context]                      # (N, 2)
         levels = self.model.encode(context, x[:, :self.context], t, label, tokens, drop)  # K x (2B, L, D)
         prepared = self.model.prepare(levels, t, label, drop)
@@ -158,8 +159,8 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
              progress=None, solver="euler", **solver_options):
     """Samples `indices` of a seed: (B, M, 3) float32 on the model's device, and the NFE.
 
-    size: (height, width) of images, a number of points, or None for the training resolution; part: a box
-    (x0, y0, x1, y1) of its pixels, or a run (start, stop) of its points, None for all. label (B,) int64; tokens
+    size: (height, width) of images, a number of points, or None for the training resolution; part: a box (x0,
+    y0, x1, y1) of its pixels, or a run (start, stop) of its points, None for all. label (B,) int64; tokens
     (B, T, token_dim). solver_options are those of the solver, with names of PATHS and DIFFUSIONS."""
     cfg, image, options = model.cfg, model.cfg.domain == "image", solver_options
     N, trained = (cfg.res ** 2, (cfg.res, cfg.res)) if image else (cfg.points, cfg.points)
@@ -180,7 +181,9 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
     velocity = Velocity(model, coords, N, label, tokens, guidance, chunk, progress)
     supplied = dict(noise=lambda i: noise("sde", i), control=N)
     options |= {k: v for k, v in supplied.items() if k in inspect.signature(SOLVERS[solver]).parameters}
-    options |= {k: table[options[k]] for k, table in dict(path=PATHS, diffusion=DIFFUSIONS).items() if k in options}
+    for name, table in (("path", PATHS), ("diffusion", DIFFUSIONS)):
+        if name in options:
+            options[name] = table[options[name]]
     x = SOLVERS[solver](velocity, noise("start"), **options)
     if apart:
         x = x[:, N:]
@@ -202,8 +205,8 @@ def generator(*key, device="cpu"):
 
 
 def gaussian(part, *key):
-    """Standard normal (M, 3) of a run (start, stop) of points, or of a box (x0, y0, x1, y1) of pixels row by row;
-    drawn on the CPU, so that any device and any part of the whole gets the same."""
+    """Standard normal (M, 3) of a run (start, stop) of points, or of a box (x0, y0, x1, y1) of pixels row by
+    row; drawn on the CPU, so that any device and any part of the whole gets the same."""
     if len(part) == 2:
         tiles = range(part[0] // RUN, math.ceil(part[1] / RUN))
         noise = torch.cat([torch.randn(RUN, 3, generator=generator(*key, i)) for i in tiles])
@@ -212,7 +215,8 @@ def gaussian(part, *key):
     top, left, rows = y0 // TILE * TILE, x0 // TILE * TILE, []
     for i in range(y0 // TILE, math.ceil(y1 / TILE)):
         columns = range(x0 // TILE, math.ceil(x1 / TILE))
-        rows.append(torch.cat([torch.randn(TILE, TILE, 3, generator=generator(*key, i, j)) for j in columns], 1))
+        row = [torch.randn(TILE, TILE, 3, generator=generator(*key, i, j)) for j in columns]
+        rows.append(torch.cat(row, 1))
     return torch.cat(rows)[y0 - top:y1 - top, x0 - left:x1 - left].flatten(0, 1)
 
 
@@ -222,14 +226,17 @@ DEFAULTS = dict(evaluations=100, rtol=1e-3, atol=1e-3, diffusion="sigma", last=0
 AT_ONCE = 2 ** 20         # queries of a batch: their state and noise are some 100 MB
 
 
-def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=None, guidance=None, solver=None,
-            options=(), dtype="auto"):
-    """The whole setting of some samples, the recipe's where none is given, as JSON values. Raises ValueError."""
+def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=None, guidance=None,
+            solver=None, options=(), dtype="auto"):
+    """The whole setting of some samples, the recipe's where none is given, as JSON values. Raises
+    ValueError."""
     config, recipe, image = checkpoint["config"], checkpoint["config"]["sampling"], cfg.domain == "image"
     names, solver, options = config["class_names"], solver or recipe["solver"], dict(options)
     if guidance not in (None, 1) and not (names or tokens):
         raise ValueError(f"--guidance {guidance}: there are neither classes nor --tokens to guide by")
-    labels = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    labels = {name: i for i, name in enumerate(names)}
+    if not any(name.isdecimal() for name in names):                  # else an index could be taken for a name
+        labels |= {str(i): i for i in range(len(names))}
     for name in set(classes) - set(labels):
         raise ValueError(f"--class {name}: no such name or index; the {len(names)} classes are {names[:12]}")
     known = DEFAULTS | dict(steps=recipe["steps"], path=config["path"])
@@ -240,26 +247,28 @@ def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=No
     height, width = size if image else (size, 1)
     x0, y0, x1, y1 = crop or (0, 0, width, height)
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise ValueError(f"--crop {crop}: expected x0,y0,x1,y1 with x0 < x1 <= {width} and y0 < y1 <= {height}")
+        raise ValueError(f"--crop {crop}: expected x0,y0,x1,y1, x0 < x1 <= {width} and y0 < y1 <= {height}")
     if guidance is None:
         guidance = recipe["guidance"] if names or tokens else 1.0
     return json.loads(json.dumps(dict(
         ckpt_sha256=checkpoint["sha256"], step=checkpoint["step"], weights=checkpoint["weights"],
-        dataset=config["settings"].get("dataset"), category=config["settings"].get("category"), size=size, crop=crop,
-        shape=(y1 - y0, x1 - x0), seed=seed, classes=[labels[c] for c in classes] or [*range(len(names))],
+        dataset=config["settings"].get("dataset"), category=config["settings"].get("category"), size=size,
+        crop=crop, shape=(y1 - y0, x1 - x0), seed=seed,
+        classes=[labels[c] for c in classes] or [*range(len(names))],
         tokens=tokens, guidance=guidance, solver=solver, options={k: known[k] for k in takes} | options,
         dtype=dtype)))
 
 
 def sample(model, checkpoint, n=16, out=None, batch=None, chunk=None, npz=False, **wishes):
-    """Writes n samples of a loaded checkpoint (see `load`), or this process's share, and returns their directory.
-    wishes: arguments of `resolve`: size and crop as size and part of `generate`, classes by name or index and taken
-    in turn, tokens a path for `read_tokens`. Samples of the same setting that exist already are skipped."""
+    """Writes n samples of a loaded checkpoint (see `load`), or this process's share, and returns their
+    directory. wishes: arguments of `resolve`: size and crop as size and part of `generate`, classes by name
+    or index and taken in turn, tokens a path for `read_tokens`. Samples of the same setting that exist
+    already are skipped."""
     image, names, device = model.cfg.domain == "image", checkpoint["config"]["class_names"], model.device
     setting = resolve(model.cfg, checkpoint, **wishes)
     queries, options, classes = math.prod(setting["shape"]), setting["options"], setting["classes"]
     if queries > 16 * AT_ONCE:
-        raise ValueError(f"{queries:,} queries: expected at most {16 * AT_ONCE:,}; tools/poster.py draws in bands")
+        raise ValueError(f"{queries:,} queries: at most {16 * AT_ONCE:,}; tools/poster.py draws more")
     tokens = read_tokens(setting["tokens"], model.cfg) if setting["tokens"] else None
     rows = [dict(file=f"{i:06d}.{'png' if image else 'npy'}", index=i) for i in range(n)]
     for i, row in enumerate(rows if names else ()):
@@ -273,15 +282,16 @@ def sample(model, checkpoint, n=16, out=None, batch=None, chunk=None, npz=False,
 
     batch = batch or max(1, min(64, AT_ONCE // queries))
     calls = (options.get("steps") or options["evaluations"]) * (2 if setting["solver"] == "heun" else 1)
-    print0(f"{n} samples at {tag}, step {setting['step']}, {setting['weights']} weights, on {device}, to {out}")
+    print0(f"{n} samples at {tag}, step {setting['step']}, {setting['weights']} weights, {device}, to {out}")
     started, bar = time.time(), progress_bar(len(todo), "sample")
     for mine in (todo[i:i + batch] for i in range(0, len(todo), batch)):
         label = torch.tensor([rows[i]["label"] for i in mine], device=device) if names else None
         given = torch.stack([tokens[i % len(tokens)] for i in mine]).to(device) if tokens else None
         with autocast(device, setting["dtype"], "float32"):
             x, record["nfe"] = generate(
-                model, mine, setting["seed"], setting["size"], setting["crop"], label, given, setting["guidance"],
-                chunk, lambda share: bar.update(len(mine) * share / calls), setting["solver"], **options)
+                model, mine, setting["seed"], setting["size"], setting["crop"], label, given,
+                setting["guidance"], chunk, lambda share: bar.update(len(mine) * share / calls),
+                setting["solver"], **options)
         if not x.isfinite().all():
             raise ValueError(f"{record['ckpt']}: its {setting['weights']} weights give non-finite samples")
         for i, values in zip(mine, x.float().cpu()):
@@ -292,7 +302,7 @@ def sample(model, checkpoint, n=16, out=None, batch=None, chunk=None, npz=False,
         finish(out, record, npz)
     print0(f"{time.time() - started:.1f} s, NFE {record['nfe']}, {setting['solver']}, "
            f"guidance {setting['guidance']:g}")
-    wait_for_all()                                                     # whoever reads the record next finds it whole
+    wait_for_all()                                              # whoever reads the record next finds it whole
     return out
 
 
@@ -313,7 +323,8 @@ def begin(out, record, setting):
 
 
 def finish(out, record, npz):
-    """grid.png of the first 64, samples.npz (ADM's arr_0, arr_1) if asked for, and the finished samples.json."""
+    """grid.png of the first 64, samples.npz (ADM's arr_0, arr_1) if asked for, and the finished
+    samples.json."""
     rows = record["samples"]
     files = [(out / row["file"]).with_suffix(".png") for row in rows]
     small = [Image.open(file) for file in files[:64]]
@@ -321,15 +332,18 @@ def finish(out, record, npz):
         image.thumbnail((512, 512))
     write_png(out / "grid.png", grid_image([np.asarray(image) for image in small]))
     if npz:
-        images, labels = [np.asarray(Image.open(file)) for file in files], [row.get("label", 0) for row in rows]
+        images = [np.asarray(Image.open(file)) for file in files]
+        labels = [row.get("label", 0) for row in rows]
         write_atomic(out / "samples.npz", lambda f: np.savez(f, arr_0=np.stack(images), arr_1=labels))
     write_json(out / "samples.json", record | dict(n=len(rows), complete=True))
 
 
 def write_sample(path, values, shape, image):
-    """values (M, 3) as an image; or as a point cloud: a preview .png, .ply, and last the .npy of samples.json."""
+    """values (M, 3) as an image; or as a point cloud: a preview .png, .ply, and last the .npy of
+    samples.json."""
     points = values.numpy().astype("<f4")
-    write_png(path.with_suffix(".png"), Image.fromarray(to_pixels(values, *shape) if image else draw_points(points)))
+    pixels = to_pixels(values, *shape) if image else draw_points(points)
+    write_png(path.with_suffix(".png"), Image.fromarray(pixels))
     if not image:
         header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n"
         header += "".join(f"property float {axis}\n" for axis in "xyz") + "end_header\n"
@@ -347,14 +361,15 @@ def to_pixels(values, height, width):
     return pixels.to(torch.uint8).reshape(height, width, 3).numpy()
 
 
-VIEW = np.array([(0.866, 0, 0.5), (0.171, 0.940, -0.296), (-0.470, 0.342, 0.814)])      # turned 30, tilted 20 degrees
+VIEW = np.array([(0.866, 0, 0.5), (0.171, 0.940, -0.296), (-0.470, 0.342, 0.814)])  # turned 30, tilted 20
 
 
 def draw_points(points, size=256):
-    """A point cloud (P, 3) in [-1, 1], y up, as uint8 (size, size, 3): small spheres lit from the upper left."""
-    S, radius = 2 * size, max(1.5, 1.1 * size / math.sqrt(len(points) + 100))             # drawn at twice the size
+    """A point cloud (P, 3) in [-1, 1], y up, as uint8 (size, size, 3): small spheres lit from the upper
+    left."""
+    S, radius = 2 * size, max(1.5, 1.1 * size / math.sqrt(len(points) + 100))        # drawn at twice the size
     points = np.asarray(points, np.float64) @ VIEW.T
-    x, y, z = points[points[:, 2].argsort(kind="stable")].T[..., None]                   # (P, 1), the nearest last
+    x, y, z = points[points[:, 2].argsort(kind="stable")].T[..., None]              # (P, 1), the nearest last
     dy, dx = np.indices((2 * math.ceil(radius) + 1,) * 2).reshape(2, -1) - math.ceil(radius)
     dy, dx = np.stack([dy, dx])[:, dx ** 2 + dy ** 2 <= radius ** 2]                     # (disc,)
     light = (0.7 * np.sqrt(radius ** 2 - dx ** 2 - dy ** 2) - 0.45 * dx - 0.55 * dy).clip(0) / radius
@@ -384,7 +399,8 @@ def grid_image(images, columns=None):
 # ---- Checkpoints and files
 
 def checkpoints(run):
-    """The checkpoint files of a run directory, newest first: ckpt.pt, then the ckpt-STEP.pt kept from before it."""
+    """The checkpoint files of a run directory, newest first: ckpt.pt, then the ckpt-STEP.pt kept from before
+    it."""
     return [*Path(run).glob("ckpt.pt"), *sorted(Path(run).glob("ckpt-*[0-9].pt"), reverse=True)]
 
 
@@ -393,10 +409,12 @@ def read_checkpoint(path, mmap=False):
     for file in checkpoints(path) if Path(path).is_dir() else [Path(path)]:
         try:
             with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()                            # torch compares no checksums of its own
+                damaged = archive.testzip()                           # torch compares no checksums of its own
             ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
             if not damaged and {"model", "ema", "step", "config"} <= {*ckpt}:
                 return dict(ckpt, path=file)
+        except FileNotFoundError:
+            raise
         except Exception as e:                                         # broken bytes raise nearly anything
             damaged = type(e).__name__
         print0(f"warning: {file}: not a whole checkpoint of train.py ({damaged})", sys.stderr)
@@ -404,7 +422,8 @@ def read_checkpoint(path, mmap=False):
 
 
 def load(path, weights="ema"):
-    """The model of a checkpoint (evaluation mode, CPU), and the checkpoint. Raises ValueError naming the file."""
+    """The model of a checkpoint (evaluation mode, CPU), and the checkpoint. Raises ValueError naming the
+    file."""
     ckpt = read_checkpoint(path, mmap=True)
     try:
         model = ASFT(Config(**ckpt["config"]["model"]))
@@ -425,7 +444,7 @@ def read_tokens(path, cfg):
         found = sorted({tuple(x.shape) for x in found})
     except Exception as e:                                             # as above
         found = type(e).__name__
-    raise ValueError(f"--tokens {path}: found {found}; expected `cond_token` (T, {cfg.token_dim}), one T for all")
+    raise ValueError(f"--tokens {path}: found {found}; expected `cond_token` (T, {cfg.token_dim}), one T")
 
 
 def write_atomic(path, write):
@@ -475,20 +494,21 @@ def run_main(main):
 
 
 def start_processes(name="auto", backend=None):
-    """The device of this process; joins the process group of torchrun. LOCAL_RANK picks the device, RANK the work."""
+    """The device of this process; joins the process group of torchrun. LOCAL_RANK picks the device, RANK the
+    work."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
     index = int(number or os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
     if kind not in ("cpu", "mps", "cuda") or kind == "cuda" and index >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: expected auto, cpu, mps or cuda:N, N < {torch.cuda.device_count()}")
+        raise ValueError(f"--device {name}: expected auto, cpu, mps, cuda:N, N < {torch.cuda.device_count()}")
     if kind == "cpu" and sys.platform == "linux":
-        # M_MMAP_MAX, M_TRIM_THRESHOLD: keeps freed memory, which the kernel would zero again: 30 % of sampling
+        # M_MMAP_MAX, M_TRIM_THRESHOLD: keeps freed memory, which the kernel would zero: 30 % of sampling
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, -1)
     if kind == "cuda":
         torch.cuda.set_device(index)
-        torch.set_float32_matmul_precision("high")                     # TF32 for what autocast leaves in float32
+        torch.set_float32_matmul_precision("high")                  # TF32 for what autocast leaves in float32
     if "RANK" in os.environ and not dist.is_initialized():
         # samplers meet only where the slowest process ends: waiting there for days is no fault
         patience = timedelta(days=7) if backend else None
@@ -529,14 +549,15 @@ def natural(text):
 
 
 def box(text):
-    return [natural(number) for number in text.split(",")]
+    x0, y0, x1, y1 = (natural(number) for number in text.split(","))
+    return x0, y0, x1, y1
 
 
 def parse_size(text, cfg):
     """--res: a side, HEIGHTxWIDTH, or so many times the training resolution, as in 4x."""
     found = re.fullmatch(r"([1-9]\d*)(x?)([1-9]\d*)?", text)
     if not found:
-        raise ValueError(f"--res {text}: expected a size such as 512, 192x320, or 4x for 4 times that of training")
+        raise ValueError(f"--res {text}: expected a size such as 512, 192x320, or 4x, times that of training")
     height, width = int(found[1]), int(found[3] or found[1])
     return (height * cfg.res, height * cfg.res) if text.endswith("x") else (height, width)
 
@@ -548,12 +569,12 @@ def parser():
     flag("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights (default: ema)")
     # torchrun takes --n in its script's flags for its own --nnodes, hence the second name
     flag("--n", "--samples", type=positive, default=16, help="number of samples (default: 16)")
-    flag("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="names or indices, taken in turn")
+    flag("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="names or indices, in turn")
     flag("--seed", type=natural, default=0)
-    flag("--res", help="images: side, HEIGHTxWIDTH, or 4x for four times the training resolution (default: 1x)")
-    flag("--crop", type=box, metavar="x0,y0,x1,y1", help="images: this box alone, in pixels of the whole image")
+    flag("--res", help="images: side, HEIGHTxWIDTH, or 4x, times the training resolution (default: 1x)")
+    flag("--crop", type=box, metavar="x0,y0,x1,y1", help="images: this box alone, in pixels of the whole")
     flag("--points", type=positive, help="point clouds: number of points (default: that of training)")
-    flag("--tokens", metavar="PATH", help="condition tokens, an .npz or a directory of them (tools/tokens.py)")
+    flag("--tokens", metavar="PATH", help="condition tokens, .npz or a directory of them (tools/tokens.py)")
     flag("--guidance", type=float, help="classifier-free guidance scale; 1 is none (default: the recipe's)")
     flag("--solver", choices=SOLVERS, help="default: the recipe's")
     flag("--steps", type=positive, help="of euler, heun, sde (default: the recipe's)")
@@ -563,7 +584,7 @@ def parser():
     flag("--diffusion", choices=DIFFUSIONS, help="sde: w(t) (default: sigma)")
     flag("--last", type=float, help="sde: size of the last step (default: 0.004)")
     flag("--out", help="output directory (default: in samples/ of the run, named by the setting)")
-    flag("--npz", action="store_true", help="also samples.npz: arr_0 uint8 (n,H,W,3), arr_1 labels (ADM's format)")
+    flag("--npz", action="store_true", help="also samples.npz, as ADM: arr_0 uint8 (n,H,W,3), arr_1 labels")
     flag("--batch", type=positive, help="samples at a time (default: by resolution)")
     flag("--chunk", type=positive, help="queries decoded at a time (default: 4096 on the CPU, else 65536)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
@@ -585,8 +606,8 @@ def main(argv=None):
     options = {name: getattr(args, name) for name in ("steps", *DEFAULTS) if getattr(args, name) is not None}
     sample(model, checkpoint, args.n, args.out, args.batch, args.chunk, args.npz, seed=args.seed,
            size=parse_size(args.res or "1x", model.cfg) if image else args.points, crop=args.crop,
-           classes=args.classes, tokens=args.tokens, guidance=args.guidance, solver=args.solver, options=options,
-           dtype=args.dtype)
+           classes=args.classes, tokens=args.tokens, guidance=args.guidance, solver=args.solver,
+           options=options, dtype=args.dtype)
 
 
 if __name__ == "__main__":

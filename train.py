@@ -466,8 +466,8 @@ def draw_curve(path, records, width=720, height=360):
 
 
 def sample_sheet(path, model, ema, args, dataset, device, n=16):
-    """The same n seeds with EMA weights (upper half) and raw weights (lower half), 25 Euler steps at most: all
-    classes in turn, or objects from all over the set."""
+    """The same n seeds with EMA weights (upper half) and raw weights (lower half), 25 Euler steps at most:
+    all classes in turn, or objects from all over the set."""
     cfg, tiles, classes, tokens = model.cfg, [], len(dataset.class_names), None
     label = torch.arange(n, device=device) % classes if classes else None
     if cfg.token_dim:

@@ -1,4 +1,4 @@
-"""data.py's readers: every kind of image as its owner sees it; broken and hostile files, each named in a line."""
+"""data.py's readers: every kind of image as its owner sees it; broken and hostile files, named in a line."""
 import io
 import os
 import pickle
@@ -78,7 +78,7 @@ def test_every_kind_of_image_is_read_as_its_owner_sees_it(tmp_path):
     assert (np.asarray(data.read_image(tmp_path / "turned.png")) == np.rot90(np.asarray(image), -1)).all()
 
 
-@pytest.mark.parametrize("width,height", [(100, 70), (33, 64), (5, 9), (517, 300)])
+@pytest.mark.parametrize("width,height", [(100, 70), (33, 64), (5, 9), (64, 64), (517, 300)])
 def test_resize_is_that_of_adm(width, height):
     """Against the definition written out: halve by boxes while the short side is >= 2 res, bicubic, crop."""
     image = halved = noise(width, height)

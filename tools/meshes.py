@@ -37,6 +37,8 @@ def read_mesh(path):
     with reading(path, f"a surface, in one of {' '.join(READERS)}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parts = READERS[Path(path).suffix.lower()](Path(path))
+        if any(mesh.faces.min(initial=0) < 0 for mesh, _ in parts):
+            raise ValueError("found a face of a point before the first")
         placed = [mesh.triangles @ matrix[:3, :3].T + matrix[:3, 3] for mesh, matrix in parts]
         triangles = np.concatenate([*placed, np.zeros((0, 3, 3))])
         a, b, c = np.moveaxis(triangles, 1, 0)
@@ -124,8 +126,8 @@ def by_trimesh(path, content=None, kind=None, files=None):
 
 
 def read_obj(path):
-    """trimesh is given one library, no comments, tabs or continued lines, and polygons from `first_corners`. It
-    counts places back from the last point of all."""
+    """trimesh is given one library, no comments, tabs or continued lines, and polygons from `first_corners`.
+    It counts places back from the last point of all."""
     text = re.sub(r"\\\r?\n|[\t\r]", " ", path.read_text("utf-8", "surrogateescape"))
     text = re.sub(r"(?m)^ +|^ *#.*|^( *(?:v|vt|vn|f) [^#\n]*)#.*", r"\1", text)    # names may hold a #
     lines = re.findall(r"(?m)^mtllib +(.*\S)", text)
@@ -159,9 +161,10 @@ def read_off(path):
     mesh = trimesh.Trimesh(corners, triangles, process=False)
     of_faces = [row[1 + int(row[0]):][:3] for row in faces]
     of_points = [row[6:9] if "N" in kind else row[3:6] for row in points if "C" in kind]
-    for words, where, attribute in ((of_points, slice(None), "vertex_colors"), (of_faces, owner, "face_colors")):
+    of_faces = [of_faces[i] for i in owner]
+    for words, attribute in ((of_points, "vertex_colors"), (of_faces, "face_colors")):
         if words and min(map(len, words)) == 3:                # whole numbers up to 255, or decimals up to 1
-            setattr(mesh.visual, attribute, np.array(words, float if "." in str(words) else np.uint8)[where])
+            setattr(mesh.visual, attribute, np.array(words, float if "." in str(words) else np.uint8))
     return [(mesh, np.eye(4))]
 
 
@@ -197,9 +200,9 @@ def read_gltf(path):
     for mesh in tree.get("meshes", []):
         mesh["primitives"] = [part for part in mesh["primitives"] if "POSITION" in part["attributes"]]
         for attributes in (part["attributes"] for part in mesh["primitives"]):
-            used = [tree["accessors"][attributes[name]] for name in {"POSITION", "TEXCOORD_0"} & {*attributes}]
-            if any(accessor.get("normalized") for accessor in used):
-                raise ValueError("found normalised integers (KHR_mesh_quantization), which trimesh does not scale")
+            used = [attributes[name] for name in ("POSITION", "TEXCOORD_0") if name in attributes]
+            if any(tree["accessors"][k].get("normalized") for k in used):
+                raise ValueError("found normalised integers, which trimesh does not scale")
     return by_trimesh(path, json.dumps(tree).encode(), "gltf", files)
 
 

@@ -4,7 +4,7 @@
     python tools/tokens.py --image FILE [FILE2] --ckpt RUN --out tokens.npz [--weights FILE] [--device cpu]
 
 The first makes of what tools/render.py wrote what --dataset objaverse reads: an .npz of `xyz`, `cond_token`
-per object, and tokens.json, which says how; it keeps what is there. The second makes tokens of your own image,
+per object, and tokens.json, which says how. It keeps what is there. The second makes tokens of your own image
 or of two from opposite sides, as for the training of a checkpoint; sample.py --tokens reads them.
 In order: tokens of views; the two commands. V views, S side of a view, n patches of one, C features.
 """
@@ -119,7 +119,7 @@ def main(argv=None):
     p.add_argument("--workers", type=natural, default=CORES, help=f"processes (default: one a core, {CORES})")
     args = p.parse_args(argv)
     if args.size % PATCH or not (args.dst or args.image and args.ckpt and args.out):
-        p.error(f"expected SRC and DST, or --image, --ckpt and --out, and a --size that is a multiple of {PATCH}")
+        p.error(f"expected SRC and DST, or --image, --ckpt and --out; and as --size a multiple of {PATCH}")
     if args.image:
         return of_image(args.image, args.ckpt, args.out, args.weights, args.device)
     extract, digest = features(args.features, args.weights, args.device)
