@@ -406,7 +406,7 @@ def test_workers_end_with_their_parent(tmp_path, send, said):
 
 
 def test_signals_to_workers():
-    """If Ctrl-C ended one, or a killed one were a traceback, or in the midst of what the main process does."""
+    """If Ctrl-C ended one, or a killed one were a traceback, or heard in the midst of something else."""
     others = {*multiprocessing.active_children()}
     batches = data.loader(data.load("glyphs"), 0, 0, 8, 8, workers=2)
     next(batches)

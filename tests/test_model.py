@@ -112,8 +112,7 @@ def test_linear_encoder_equals_its_plain_form():
 def test_hash_encoder_equals_its_plain_form():
     """If a latent read another run than its own in Z-order, or its position were not the run's mean."""
     encoder, clouds = tiny("hash").encoder, torch.randn(3, 64, 3) / 2
-    got, _ = encoder(None, clouds)
-    for latents, cloud in zip(got, clouds):
+    for latents, cloud in zip(encoder(None, clouds)[0], clouds):
         cells = ((cloud.clamp(-1, 1) + 1) / 2 * 1023).int().tolist()
         bits = [(bit, axis) for bit in range(10) for axis in range(3)]
         codes = [sum((c[axis] >> bit & 1) << (3 * bit + axis) for bit, axis in bits) for c in cells]
@@ -213,7 +212,7 @@ def test_network_equals_its_plain_form(variant):
 @every_variant
 @torch.no_grad()
 def test_context_is_a_set_and_queries_do_not_see_each_other(variant):
-    """If a pair's place in the list counted, each sample in an order of its own too, or a query's neighbours."""
+    """If a pair's place in the list counted, in one order or one a sample, or a query's neighbours."""
     model = tiny(variant)
     z, parts = inputs(model), []
     expected, orders = model(**z), torch.rand(z["values"].shape[:2]).argsort(1)
@@ -222,7 +221,6 @@ def test_context_is_a_set_and_queries_do_not_see_each_other(variant):
         values = z["values"].gather(1, order.expand(3, -1)[..., None].expand(-1, -1, 3))
         close(model(**{**z, "coords": coords, "values": values}), expected)
     assert (model(**{**z, "values": z["values"] + 1}) - expected).abs().max() > 1e-3
-    assert expected.std(1).max() > 1e-2
     levels = model.encode(z["coords"], z["values"], z["t"], z["label"], z["tokens"])
     prepared, order = model.prepare(levels, z["t"], z["label"]), torch.randperm(10)
     for chunk in (order[:3], order[3:4], order[4:]):
@@ -256,8 +254,6 @@ def test_gates_modulations_and_output_start_at_zero(variant):
     for name, p in model.named_parameters():
         zero = "modulation" in name or name.startswith("head.") or name.endswith("bias")
         assert p.any() == (not zero or any(p is bias for bias in stems)), name
-        if name.endswith(("latents", "null_token")) or name.startswith(("classes", "time")) and p.any():
-            assert 0.4 < p.std() / 0.02 < 1.6, name
 
 
 def test_coordinates_and_features_are_their_formulas():
@@ -269,10 +265,8 @@ def test_coordinates_and_features_are_their_formulas():
     freqs, x, t = torch.tensor([1.0, 2.5, 30.0]), torch.rand(20, 2), torch.tensor([0.0, 0.37, 1.0])
     rows = [[f(w * z) for z in p for f in (math.sin, math.cos) for w in freqs.tolist()] for p in x.tolist()]
     assert (asft.fourier(x.view(4, 5, 2), freqs).view(20, 12) - torch.tensor(rows)).abs().max() < 1e-5
-    assert asft.fourier(x.bfloat16(), freqs).dtype == torch.float32
     steps = [math.pi * 2 ** (math.log2(112) * i / 95) for i in range(96)]
     assert torch.allclose(asft.image_freqs(256, 384), torch.tensor(steps), rtol=1e-4)
-    assert asft.image_freqs(16, 32).max() < math.pi * 16
     freqs = asft.PointEmbedding(asft.config("point-tiny")).freqs
     assert freqs.tolist() == [2.0 ** i for i in range(10)]
     angle = 1000 * t.double()[:, None] * 10000 ** (-torch.arange(128).double() / 128)
@@ -305,12 +299,10 @@ def test_loss_is_the_squared_error_of_the_velocity(path):
     coords, query = asft.image_coords(8), torch.rand(2, 64).argsort(1)[:, :9]
     a, s, da, ds = (z[:, None, None] for z in asft.PATHS[path](t))
     velocity = eps - x0 if path == "linear" else da * x0 + ds * eps
-
     at_query = torch.arange(2)[:, None], query
 
     def stub(coords_, xt, query_coords, query_values, t_, label, tokens, drop):
-        assert torch.allclose(xt, a * x0 + s * eps, atol=1e-6)
-        assert torch.equal(t_, t) and coords_ is coords
+        assert torch.allclose(xt, a * x0 + s * eps, atol=1e-6) and t_ is t and coords_ is coords
         assert torch.equal(query_values, xt[at_query]) and torch.equal(query_coords, coords[query])
         assert (label, tokens, drop) == (4, 5, 6)
         return velocity[at_query] + error
@@ -380,55 +372,47 @@ def test_presets_are_the_papers():
         model = asft.ASFT(asft.config("point-objaverse", levels=3))
     reads = [i for i, block in enumerate(model.trunk) if block.context_norm is not None]
     assert reads == [0, 6, 12, 18] and model.level_ends == [12, 18, 24] and len(model.trunk) == 24
-
-
-def test_flops_of_a_decoded_pixel_are_the_formula():
-    """If decoding a part of the pixels stopped paying (Fig. 3b), or the count of FLOPs missed a layer."""
-    cfg = asft.config("XL", n_classes=10)
-    few, many = (asft.forward_flops(cfg, M)[0] for M in (4096, 16384))
-    block = 20 * cfg.width ** 2 + 4 * cfg.latents * cfg.width                  # q, out, MLP; scores, their sum
-    assert (many - few) / 12288 == cfg.levels * block + 20 * cfg.width + 32    # blocks; head and stem
-    assert few / many < 0.8
+    few, many = (asft.forward_flops(asft.config("S"), M)[0] for M in (4096, 16384))
+    block = 20 * 384 ** 2 + 4 * 1024 * 384                                     # q, out, MLP; attention
+    assert (many - few) / 12288 == block + 20 * 384 + 32                       # block; head and stem
 
 
 def test_model_py_alone_prints_the_presets_in_ten_seconds(tmp_path):
     """If the copied file needed a sibling, or `python model.py` took more than 10 s of CPU time."""
     (tmp_path / "model.py").write_bytes((ROOT / "model.py").read_bytes())
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])             # user and system time
     done = subprocess.run([sys.executable, "-I", "model.py"], cwd=tmp_path, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (done.returncode, done.stderr) == (0, "")
     assert {line.split()[0] for line in done.stdout.splitlines()} >= set(asft.PRESETS)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    assert sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before < 10
 
 
 @pytest.mark.parametrize("name, changes, words", [
-    ("tiny", dict(encoder="hash"), "hash image"), ("point-tiny", dict(encoder="spatial"), "spatial points"),
-    ("tiny", dict(res=36), "36"), ("tiny", dict(latents=60), "60"), ("tiny", dict(heads=5), "128 5"),
-    ("tiny", dict(levels=0), "0"), ("tiny", dict(levels=5), "5"), ("tiny", dict(encoder_heads=12), "12 128"),
+    ("tiny", dict(encoder="hash"), "hash.*image"), ("point-tiny", dict(encoder="spatial"), "spatial.*points"),
+    ("tiny", dict(res=36), "36"), ("tiny", dict(latents=60), "60"), ("tiny", dict(heads=5), "128.* 5"),
+    ("tiny", dict(levels=0), "0"), ("tiny", dict(levels=5), "5"), ("tiny", dict(encoder_heads=12), "12.*128"),
     ("tiny", dict(width=24, rope=True), "rope"), ("tiny", dict(encoder="perceiver", rope=True), "rope"),
     ("point-tiny", dict(encoder="hash", points=500), "500"), ("tiny", dict(width=30, heads=2), "30")])
 def test_configurations_that_do_not_fit(name, changes, words):
     """If a wrong configuration failed late, or without saying in one line what does not fit."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=words) as caught:
         asft.config(name, **changes)
-    assert all(word in str(caught.value) for word in words.split()) and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name, shape", [("values", (256, 3)), ("values", (3, 50, 3)), ("t", (3, 1)), ("t", ()),
+@pytest.mark.parametrize("name, shape", [("values", (256, 3)), ("values", (3, 50, 3)), ("t", (3, 1)),
                                          ("query_values", (3, 10, 2))])
 def test_wrong_shapes_are_named(name, shape):
     """If a wrong shape were broadcast silently, or the error did not print it."""
     model = tiny("spatial")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=str(shape)[1:-1]):
         model(**{**inputs(model), name: torch.zeros(shape)})
-    assert str(shape) in str(caught.value)
 
 
 def test_one_image_is_learned():
     """If the network, the loss and an Euler sampler together could not reproduce one image."""
     torch.manual_seed(0)
-    coords, B, steps = asft.image_coords(16), 8, 250
+    coords, B, steps = asft.image_coords(16), 8, 200
     disc = ((coords - 0.5).norm(dim=1, keepdim=True) < 0.3).float()
     x0 = torch.tensor([-0.6, 0.2, 0.7]) + disc * torch.tensor([1.4, -0.6, -0.6]) - coords[:, :1] / 3
     model = asft.ASFT(asft.config("tiny", res=16, width=64, depth=2, latents=16))
@@ -443,5 +427,4 @@ def test_one_image_is_learned():
     with torch.no_grad():
         for i in range(25, 0, -1):
             x = x - model(coords, x, coords, x, torch.full((4,), i / 25)) / 25
-    psnr = 10 * torch.log10(4 / (x - x0).square().mean((1, 2)))
-    assert psnr.min() > 25, psnr
+    assert 10 * torch.log10(4 / (x - x0).square().mean((1, 2))).min() > 25     # PSNR

@@ -242,6 +242,8 @@ def test_clouds_of_meshes(tmp_path, capsys):
     cloud = np.load(dst / "04256520" / "test" / "abc.npy")
     assert cloud.shape == (4000, 3) and cloud.dtype == np.float32
     assert abs((cloud[:, 2] > 0.5).mean() - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 4000)    # 4 standard errors
+    one = meshes.cloud_of((None, "val", "box", "a"), 1, np.eye(3)[None])
+    assert np.allclose(one, [[0.13556, 0.855275, 0.009165]], atol=1e-6)         # as in every version
     box = dst / "box" / "val" / "binary.npy"
     first, before = np.load(box), {f: f.stat().st_mtime_ns for f in dst.rglob("*.npy")}
     box.unlink()

@@ -70,21 +70,6 @@ def one_line(error):
 # ---------------------------------------------------------------------------------------------------------
 # Facts
 
-def test_released_are_the_files_of_the_networks():
-    """If what a network calls its file and what is looked for drift apart."""
-    assert list(weights.RELEASED) == ["inception", "clip", "pointnet", "ulip", "bigg"]
-    for name, module in (("inception", inception), ("clip", clip), ("pointnet", pointnet), ("ulip", ulip)):
-        released = weights.RELEASED[name]
-        assert (released["file"], released["url"], released["sha256"]) == (module.FILE, module.URL, module.SHA256)
-    for released in weights.RELEASED.values():
-        assert released["url"].startswith("https://") and released["url"].endswith("/" + released["file"])
-        assert released["licence"] and (released["sha256"] is None or len(released["sha256"]) == 64)
-
-
-def test_what_may_lie_beside_weights_is_the_same_everywhere():
-    """If a file that is told apart could not be loaded, or the reverse."""
-    assert weights.EXTRAS == ulip.EXTRAS and weights.EXTRAS[1:] == pointnet.NUMPY
-
 
 def test_sha256_known_answer(tmp_path):
     """If the digest is not SHA-256, or only of the first block."""
@@ -116,33 +101,6 @@ def test_a_given_file_is_used_whatever_its_hash(tmp_path, server, no_network):
     with pytest.raises(ValueError, match="nothing.pt: no such file") as error:
         weights.find("inception", tmp_path / "nothing.pt", tmp_path, True)
     one_line(error)
-
-
-def test_the_cache_is_used_without_a_network(tmp_path, server, no_network, monkeypatch):
-    """If a file in the cache is fetched again, or a damaged one is used."""
-    path = put(tmp_path / "weights" / "w.pt")
-    assert weights.find("inception", cache=tmp_path, download=True) == (path, HASH, True)
-    monkeypatch.setenv("ASFT_CACHE", str(tmp_path))
-    assert weights.find("inception") == (path, HASH, True)
-    put(path, CONTENT[:-1])
-    with pytest.raises(ValueError, match="delete the file") as error:
-        weights.find("inception", download=True)
-    assert all(part in one_line(error) for part in (str(path), HASH, weights.sha256(path)))
-    assert path.is_file()                                                     # theirs to delete
-
-
-@pytest.mark.parametrize("name, download", [*((name, False) for name in weights.RELEASED),
-                                            ("pointnet", True), ("ulip", True), ("bigg", True)])
-def test_what_is_missing_is_said_in_one_line(name, download, tmp_path, no_network):
-    """If the message leaves out which file goes where, or the network is touched unasked or for what has no hash."""
-    released = weights.RELEASED[name]
-    target = tmp_path / "weights" / released["file"]
-    with pytest.raises(ValueError) as error:
-        weights.find(name, cache=tmp_path, download=download, log=pytest.fail)
-    text = one_line(error)
-    parts = name, released["url"], str(target), "--weights PATH", released["sha256"] or "no published"
-    assert all(part in text for part in parts)
-    assert ("--metrics" in text) == bool(released["sha256"]) and not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -229,26 +187,6 @@ def test_a_torchscript_archive_is_clip(tmp_path):
 class Hostile:
     def __reduce__(self):
         return print, ("this must not run",)
-
-
-def test_identify_names_what_it_does_not_know(tmp_path, capsys):
-    """If a file that is missing, broken, foreign or hostile is run, or ends in anything but one line that names it."""
-    path = tmp_path / "w.pt"
-    with pytest.raises(ValueError, match="w.pt: not a file of tensors .*no such file"):
-        weights.identify(path)
-    for content in (b"", b"no weights", b"PK\x03\x04 broken", pickle.dumps(Hostile())):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="w.pt: not a file of tensors") as error:
-            weights.identify(path)
-        one_line(error)
-    torch.save({"sa1.mlp_convs.0.weight": Hostile()}, path)
-    with pytest.raises(ValueError, match="w.pt: not a file of tensors"):
-        weights.identify(path)
-    for content in ({}, {"a": torch.ones(1)}, {3: 4}, [1, 2], torch.ones(2), {"state_dict": [1]}, {"state_dict": {}}):
-        torch.save(content, path)
-        with pytest.raises(ValueError, match="w.pt: weights of none of inception, clip, pointnet, ulip, bigg$"):
-            weights.identify(path)
-    assert capsys.readouterr().out == ""
 
 
 def test_a_copied_file_works_alone(tmp_path):
