@@ -1,4 +1,4 @@
-"""Speeds as ratios within one run: python tests/bench.py [step guided decode large data small metrics]
+"""Speeds as ratios within one run: python experiments/bench.py [step guided decode large data small metrics]
 
 Each row times two ways of doing the same work in turn and compares their medians. Nothing passes or fails here: machines differ.
 """
@@ -32,7 +32,8 @@ import data  # noqa: E402
 import model as asft  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from data import Solids  # noqa: E402
+from tools import pack  # noqa: E402
+import toys  # noqa: E402
 from metrics import clouds, frechet  # noqa: E402
 
 
@@ -58,38 +59,47 @@ def timed(function):
     return run
 
 
-class Plain(asft.ASFT):
-    """The same function with nothing saved: keys and values of every pixel, attention with one query per window, LayerNorm
-    after the value stem's Linear, every modulation applied where it stands, both halves of guidance from the pixels on."""
+class PlainEncoder(asft.SpatialEncoder):
+    """Keys and values of every pixel, attention with one query per window, LayerNorm after the stem's Linear."""
 
-    def read(self, coords, values):
-        cfg, e, side = self.cfg, self.encoder, math.isqrt(self.cfg.latents)
-        values = self.windows(coords, values).transpose(0, 1)                            # (B, L, n, 3)
-        centres = asft.fourier(asft.image_coords(side), self.freqs)
-        x = torch.nn.Sequential(*self.stem)(values) + asft.fourier(asft.image_coords(cfg.res // side), self.freqs)
-        split = lambda z: z.unflatten(-1, (e.heads, -1)).transpose(-2, -3).flatten(0, 1)        # (BL, H, n, d)
-        q = split(e.q(self.latents + centres)[None, :, None].expand(len(x), -1, -1, -1))
-        x = F.scaled_dot_product_attention(q, split(e.k(x)), split(e.v(x)))              # (BL, H, 1, d)
-        return e.mlp(e.norm(x.reshape(len(values), cfg.latents, -1))) + centres, None
+    def forward(self, coords, values):
+        read = self.read
+        values = asft.to_windows(coords, values, self.res, self.side).transpose(0, 1)    # (B, L, n, 3)
+        x = torch.nn.Sequential(*self.stem)(values) + self.inside                        # (B, L, n, D)
+
+        def split(z):
+            return z.unflatten(-1, (read.heads, -1)).transpose(-2, -3).flatten(0, 1)     # (BL, H, n, D/H)
+        q = split(read.q(self.latents + self.centres)[None, :, None].expand(len(x), -1, -1, -1))
+        x = F.scaled_dot_product_attention(q, split(read.k(x)), split(read.v(x)))        # (BL, H, 1, D/H)
+        return read.mlp(read.norm(x.reshape(len(values), len(self.latents), -1))) + self.centres, None
+
+
+class Plain(asft.ASFT):
+    """The same function with nothing saved: a plain encoder, every modulation applied where it stands, both halves of
+    guidance from the pixels on."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.encoder.__class__ = PlainEncoder
 
     def forward(self, coords, values, query_coords, query_values, t, label=None, tokens=None, drop=None):
         c = self.condition(t, label, drop)
-        stem = torch.nn.Sequential(*self.query_stem)(query_values)
-        x = stem + asft.fourier(query_coords, self.freqs)
+        value = torch.nn.Sequential(*self.query_value)(query_values)
+        x = value + asft.fourier(query_coords, self.freqs)
         for block, latents in zip(self.decoder, self.encode(coords, values, t, label, tokens, drop)):
             x = block(x, block.modulations(c), block.keys_values(latents))
         shift, scale = self.head_modulation(F.silu(c))[:, None].chunk(2, -1)
-        return self.head(asft.modulate(torch.cat([x, stem.to(x.dtype)], -1), shift, scale))
+        return self.head(asft.modulate(torch.cat([x, value.to(x.dtype)], -1), shift, scale))
 
 
 def glibc(run):
-    """A function that runs another as it would without sample.keep_freed_memory."""
+    """A function that runs another with glibc's own handling of freed memory."""
     def default():
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
             libc.mallopt(-4, 65536)
             libc.mallopt(-1, 128 * 1024)
         seconds = run()
-        sample.keep_freed_memory()
+        sample.start_processes("cpu")
         return seconds
     return default
 
@@ -128,7 +138,7 @@ def step():
 
         def once(model):
             def run():
-                with sample.autocast(torch.device("cpu"), None if dtype is torch.float32 else dtype):
+                with sample.autocast(torch.device("cpu"), str(dtype).removeprefix("torch."), "float32"):
                     losses[model] = asft.cicfm_loss(model, coords, x0, eps, t, query, label=torch.tensor([1, 2]))
                 losses[model].backward()
                 model.zero_grad()
@@ -155,7 +165,7 @@ def guided():
     """Guided sampling step of image B at 256 x 256, all pixels, float32; seconds per step."""
     ours, plain = model_pair("B", n_classes=1000)
     coords, x, label, t = asft.image_coords(256), torch.randn(1, 256 ** 2, 3), torch.tensor([5]), torch.tensor([0.6])
-    velocity = sample.Velocity(ours, coords, label, guidance=1.5, context=256 ** 2)
+    velocity = sample.Velocity(ours, coords, 256 ** 2, label, guidance=1.5)
     got = {}
 
     @torch.no_grad()
@@ -180,7 +190,7 @@ def decode():
     t, M = torch.tensor([0.6]), 2 ** 20
     coords, x = asft.image_coords(1024), torch.randn(1, M, 3)
     with torch.no_grad():
-        memory = ours.memory(ours.encode(asft.image_coords(256), torch.randn(1, 256 ** 2, 3), t), t)
+        memory = ours.prepare(ours.encode(asft.image_coords(256), torch.randn(1, 256 ** 2, 3), t), t)
 
     @torch.no_grad()
     def chunked():
@@ -213,14 +223,14 @@ def large():
         model, _ = model_pair("S")
         weights = model.state_dict()
         torch.save(dict(model=weights, ema=weights, optimizer={"copies": [weights, weights]}, step=1, config=dict(
-            model=vars(model.cfg), class_names=[], path="linear", settings={},
+            model=vars(model.cfg), class_names=[], path="linear", settings={}, normalisation=None,
             sampling=dict(solver="euler", steps=1, guidance=1.0))), f"{place}/ckpt.pt")
         seconds, memory = {}, {}
         for res in (256, 2048, 4096):
             words = ["--ckpt", f"{place}/ckpt.pt", "--n", "1", "--res", str(res), "--device", "cpu", "--out", f"{place}/{res}"]
             text = subprocess.run([sys.executable, "-c", OWN_PEAK, *words], cwd=pathlib.Path(sample.__file__).parent, check=True,
                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
-            seconds[res] = float(re.search(r"samples in ([\d.]+) s", text)[1])
+            seconds[res] = float(re.search(r"([\d.]+) s, NFE", text)[1])
             memory[res] = int(text.split()[-1]) / 2 ** 20
             print(f"{f'--res {res}':<52} {seconds[res]:>9.1f} s {memory[res]:>8.2f} GiB peak resident", flush=True)
         print(f"{'memory at 2048':<52} {memory[2048]:.2f} GiB   goal <= 2.5;   4096 / 2048: {memory[4096] / memory[2048]:.3f}   goal <= 1.1")
@@ -230,7 +240,7 @@ def large():
 def folder():
     """Training data at 256 from JPEGs of 500 x 375, as a folder and packed, one worker; seconds per picture."""
     with tempfile.TemporaryDirectory() as place:
-        glyphs, noise = data.Glyphs(500), np.random.default_rng(0)
+        glyphs, noise = toys.Glyphs(500), np.random.default_rng(0)
         files = []
         for i in range(192):
             files.append(f"{place}/{i}.jpg")
@@ -255,17 +265,17 @@ def folder():
             run()
             return run
         one = row("folder loader, one worker / bare Pillow, one thread", loaded(place, 12), timed(bare), ">= 0.85", rounds=9)
-        data.main(["pack", place, f"{place}/packed", "--res", "256"])
-        two = row("packed set, one worker / folder, one worker", loaded(f"{place}/packed", 60), loaded(place, 12), "", rounds=9)
+        pack.main([place, f"{place}-packed", "--res", "256"])
+        two = row("packed set, one worker / folder, one worker", loaded(f"{place}-packed", 60), loaded(place, 12), "", rounds=9)
         for model in ("B", "XL"):
-            rate = 8 * 0.4 * train.H100_FLOPS / (3 * asft.forward_flops(asft.config(model, n_classes=1000), 8192)[0])
+            rate = 8 * 0.4 * 989e12 / (3 * asft.forward_flops(asft.config(model, n_classes=1000), 8192)[0])
             print(f"  ImageNet-256, {model} on 8 H100 at 40 % of their peak: {rate:,.0f} pictures/s; cores: folder {rate * one:.1f} "
                   f"(of {1 / one:,.0f} pictures/s each), packed {rate * two:.2f} ({1 / two:,.0f} each)", flush=True)
 
 
 def small():
     """Training steps of the quickstart (tiny, batch 16, 256 decoded); seconds per step."""
-    device, dtype = torch.device("cpu"), torch.bfloat16 if train.bfloat16_cpu() else None
+    device = torch.device("cpu")
     args = train.settings(["--device", "cpu", "--out", os.devnull + "/none"])[0]
     model = asft.ASFT(asft.config("tiny", n_classes=36))
     batch = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8), torch.arange(16)
@@ -278,7 +288,7 @@ def small():
 
         def steps(count=20):
             for i in range(count):
-                train.micro_loss(called, coords, batch, i, range(16), args, device, dtype).backward()
+                train.micro_loss(called, coords, batch, i, range(16), args, device).backward()
                 started = time.perf_counter()
                 train.update(net, ema, optimizer, i, args)
                 spent[0] += time.perf_counter() - started
@@ -318,7 +328,7 @@ def metrics():
     row("square-root trace, 2048 dimensions / sqrtm", timed(trace), timed(sqrtm), ">= 5", rounds=3)
     print(f"{'':<52} relative difference {abs(values['ours'] / values['theirs'] - 1):.1e}")
 
-    solids = Solids(2048)
+    solids = toys.Solids(2048)
     sets = clouds.normalise_box(np.stack([solids.item(i)[0] for i in range(48)]))
     ref, smp = sets[:24], sets[24:]
 
@@ -359,7 +369,7 @@ SECTIONS = {"step": step, "guided": guided, "decode": decode, "large": large, "d
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("section", nargs="*", choices=[[], *SECTIONS], help=f"of {', '.join(SECTIONS)} (default: all)")
-    sample.keep_freed_memory()
+    sample.start_processes("cpu")
     for name in p.parse_args().section or SECTIONS:
         print(f"{name}: {SECTIONS[name].__doc__}", flush=True)
         SECTIONS[name]()

@@ -1,4 +1,4 @@
-"""The paper's claims, as far as two CPU cores can try them: python tests/claims.py NAME [--data ...]
+"""The paper's claims, as far as two CPU cores can try them: python experiments/claims.py NAME [--data ...]
 
 | NAME     | the paper                                                         | compared here, with the same steps, batch and seeds           |
 |----------|-------------------------------------------------------------------|---------------------------------------------------------------|
@@ -26,6 +26,7 @@ done again, an interrupted training goes on; what was made of other data, or wit
 results/NAME-SET-STEPS.json and .png there, and the table. `claims.py show FILE.json` prints the table of a result.
 """
 import argparse
+import hashlib
 import json
 import pickle
 import statistics
@@ -41,11 +42,12 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
 import data  # noqa: E402
 import model as asft  # noqa: E402
 import sample  # noqa: E402
+import toys  # noqa: E402
 import train  # noqa: E402
 from glyph_report import convolutions, fit, patches, planes  # noqa: E402
 from metrics import clouds  # noqa: E402
@@ -56,21 +58,21 @@ from metrics.precision_recall import precision_recall  # noqa: E402
 # ---------------------------------------------------------------------------------------------------------
 # What is tried. An arm: flags of train.py, and perhaps a change of the code that is no flag of it
 
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def changed(change):
     """The project's code with a part taken out that no flag takes out."""
-    attention, average = asft.Attention.__init__, train.update_ema
-    if change == "no QK-norm":
-        def init(self, width, heads):
-            attention(self, width, heads)
-            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
-        asft.Attention.__init__ = init
+    average = train.update_ema
     if change == "no EMA warm-up":
         train.update_ema = lambda ema, model, step, *rest: average(ema, model, 10 ** 9, *rest)
     try:
         yield
     finally:
-        asft.Attention.__init__, train.update_ema = attention, average
+        train.update_ema = average
 
 
 def arms(task):
@@ -89,7 +91,6 @@ def arms(task):
         "spatial": (base, None), "linear": ([*base, "--encoder", "linear"], None),
         "perceiver": (perceiver, None), "perceiver, lr 1e-3": ([*perceiver, "--lr", 1e-3], None),
         "encoder heads 16": ([*preset, "--encoder-heads", 16], None), "encoder heads 64": ([*preset, "--encoder-heads", 64], None),
-        "interpolated": ([*base, "--interpolate"], None), "16, interpolated": ([*preset, "--encoder-heads", 16, "--interpolate"], None),
         "windows 2 x 2": windows(2), "windows 7 x 7": windows(7), "windows 8 x 8": windows(8),
         "preset": (preset, None),
         **{f"decoded 1/{share}": ([*latents, "--decode", pairs // share], None) for share in (16, 8, 2, 1)},
@@ -97,7 +98,7 @@ def arms(task):
         "width 64": ([*preset, "--width", 64], None), "width 256": ([*preset, "--width", 256], None),
         "width 256, lr 1e-3": ([*preset, "--width", 256, "--lr", 1e-3], None),
         "2 levels": ([*preset, "--levels", 2], None), "RoPE": ([*preset, "--rope"], None),
-        "uniform t": ([*preset, "--times", "uniform"], None), "no QK-norm": (preset, "no QK-norm"),
+        "uniform t": ([*preset, "--times", "uniform"], None), "no QK-norm": ([*preset, "--no-qk-norm"], None),
         "lr 1e-3": ([*preset, "--lr", 1e-3], None), "lr 4e-3": ([*preset, "--lr", 4e-3], None),
         "constant lr": ([*preset, "--schedule", "constant"], None),
         "no EMA warm-up": (preset, "no EMA warm-up"),
@@ -133,7 +134,7 @@ COMPARED = {          # claim -> default of --steps, arms
     "widths": (2000, ("encoder heads 16", "width 64", "width 256", "width 256, lr 1e-3")),
     "linear": (2000, ("spatial", "linear")),
     "switches": (2000, ("encoder heads 16", "2 levels", "RoPE", "uniform t", "no QK-norm")),
-    "ours": (2000, ("spatial", "encoder heads 16", "encoder heads 64", "interpolated", "16, interpolated", "windows 2 x 2", "windows 7 x 7",
+    "ours": (2000, ("spatial", "encoder heads 16", "encoder heads 64", "windows 2 x 2", "windows 7 x 7",
                     "windows 8 x 8")),
     "defaults": (1000, ("preset", "lr 1e-3", "lr 4e-3", "constant lr", "no EMA warm-up")),
     "settings": (1500, ("preset", "lr 1e-3", "logit-normal t")),
@@ -156,24 +157,24 @@ class Pictures:
             self.out.mkdir(parents=True, exist_ok=True)
             args.data = self.out / "glyphs.npz"
             store_glyphs(args.data, 32)
-        whole = data.Npz(args.data)
+        whole = data.Arrays(args.data)
         if not whole.class_names:
-            raise data.InputError(f"{args.data}: no `labels`; expected classes, for the classifier whose features are compared")
+            raise ValueError(f"{args.data}: no `labels`; expected classes, for the classifier whose features are compared")
         if len(whole) < 100:
-            raise data.InputError(f"{args.data}: {len(whole)} pictures; expected at least 100, for a classifier and a Frechet distance")
+            raise ValueError(f"{args.data}: {len(whole)} pictures; expected at least 100, for a classifier and a Frechet distance")
         self.res, self.classes = whole.res, len(whole.class_names)
         if self.res % 4 or self.res < 8:
-            raise data.InputError(f"{args.data}: pictures of {self.res} pixels; expected a multiple of 4 from 8 on, for windows of 4 x 4")
+            raise ValueError(f"{args.data}: pictures of {self.res} pixels; expected a multiple of 4 from 8 on, for windows of 4 x 4")
         self.order, self.count = np.random.default_rng(0).permutation(len(whole)), len(whole) * 4 // 5
         self.train, self.test = self.split(whole)
         missing = [whole.class_names[k] for k in set(range(self.classes)) - set(self.train[1].tolist())]
         if missing or self.classes < 2:
-            raise data.InputError(f"{args.data}: {f'no picture of {missing[0]!r}' if missing else 'one class'} in the four fifths trained on; "
+            raise ValueError(f"{args.data}: {f'no picture of {missing[0]!r}' if missing else 'one class'} in the four fifths trained on; "
                                   f"expected two classes or more, each with pictures there")
-        keep(self.out / f"{self.stem}-train.json", dict(source=data.file_sha256(args.data)), f"made of another {Path(args.data).name}")
+        keep(self.out / f"{self.stem}-train.json", dict(source=file_sha256(args.data)), f"made of another {Path(args.data).name}")
         file = self.out / f"{self.stem}-train.npz"
         if not file.exists():
-            data.write_atomic(file, lambda f: np.savez(f, images=self.train[0], labels=self.train[1]))
+            sample.write_atomic(file, lambda f: np.savez(f, images=self.train[0], labels=self.train[1]))
         self.flags = ["--dataset", "npz", "--data", file]
         self.judge = Judge(self.out / f"{self.stem}-classifier.pt", self.train, self.test, self.classes)
         self.facts = dict(samples=self.n, classifier_accuracy=self.judge.accuracy)
@@ -200,16 +201,16 @@ def keep(path, facts, otherwise):
     words = json.dumps(facts, default=str)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_atomic(path, lambda f: f.write(words.encode()))
+        sample.write_atomic(path, lambda f: f.write(words.encode()))
     elif path.read_text() != words:
-        raise data.InputError(f"{path}: {otherwise}; expected another --out")
+        raise ValueError(f"{path}: {otherwise}; expected another --out")
 
 
 def store_glyphs(path, res, count=10_000):
     if not path.exists():
-        glyphs = data.Glyphs(res, "train")
+        glyphs = toys.Glyphs(res, "train")
         images = np.stack([glyphs.item(i)[0] for i in tqdm(range(count), desc=f"glyphs at {res}")])
-        data.write_atomic(path, lambda f: np.savez(f, images=images, labels=np.arange(count) % len(glyphs.class_names)))
+        sample.write_atomic(path, lambda f: np.savez(f, images=images, labels=np.arange(count) % len(glyphs.class_names)))
 
 
 class Judge:
@@ -222,10 +223,10 @@ class Judge:
             try:
                 self.net.load_state_dict(torch.load(path, weights_only=True))
             except (RuntimeError, EOFError, pickle.UnpicklingError):
-                raise data.InputError(f"{path}: damaged, or of other classes; expected the classifier trained before: delete it") from None
+                raise ValueError(f"{path}: damaged, or of other classes; expected the classifier trained before: delete it") from None
         else:
             fit(self.net, planes(known[0]), torch.from_numpy(known[1]), epochs, batch=64, weight_decay=0.05)
-            data.write_atomic(path, lambda f: torch.save(self.net.state_dict(), f))
+            sample.write_atomic(path, lambda f: torch.save(self.net.state_dict(), f))
         self.net.eval()
         self.known = self.features(known[0])
         self.accuracy = float((self.features(held_out[0])[2] == torch.from_numpy(held_out[1])).float().mean())
@@ -324,17 +325,18 @@ def drawn(task, arm, seed, n, guidance=1.0, solver=None, steps=None, size=None, 
         label, found = task.label(n), []
         batch = (100 if size <= 32 else 16) if task.domain == "image" else 100 if size <= 10_000 else 1
         with changed(change):
-            net = sample.load_model(sample.read_checkpoint(run), run)
+            net, _ = sample.load(run)
             for start in tqdm(range(0, n, batch), desc=f"{arm}, seed {seed}: drawn"):
                 places = slice(start, min(n, start + batch))
-                with sample.autocast(torch.device("cpu"), torch.bfloat16 if train.bfloat16_cpu() else None):
+                with sample.autocast(torch.device("cpu"), "auto", train.cpu_dtype()):
                     x, nfe = sample.generate(net, range(first + places.start, first + places.stop), 0,
                                              (size, size) if task.domain == "image" else size,
-                                             None if label is None else torch.from_numpy(label[places]),
-                                             guidance=guidance, solver=solver, steps=steps, chunk=16384)
-                found += [data.encode_image(p, size, size) if task.domain == "image" else p.numpy() for p in x]
-        data.write_atomic(path, lambda f: np.savez(f, images=np.stack(found), nfe=nfe))
-    arrays = data.read_npz(path, ("images", "nfe"))
+                                             label=None if label is None else torch.from_numpy(label[places]),
+                                             guidance=guidance, solver=solver, chunk=16384,
+                                             **{"evaluations" if solver == "dopri5" else "steps": steps})
+                found += [sample.to_pixels(p, size, size) if task.domain == "image" else p.numpy() for p in x]
+        sample.write_atomic(path, lambda f: np.savez(f, images=np.stack(found), nfe=nfe))
+    arrays = np.load(path, allow_pickle=False)
     return arrays["images"], int(arrays["nfe"])
 
 
@@ -380,16 +382,16 @@ def upscale(task, report, args):
     for path in paths:
         if not args.fine:
             store_glyphs(path, int(path.stem[6:]))
-        whole = data.Npz(path)
+        whole = data.Arrays(path)
         if len(whole) != len(task.order) or (whole.labels[task.order] != np.concatenate([task.train[1], task.test[1]])).any():
-            raise data.InputError(f"{path}: other pictures or labels than --data has; expected the same {len(task.order)}, finer")
+            raise ValueError(f"{path}: other pictures or labels than --data has; expected the same {len(task.order)}, finer")
         if whole.res <= task.res or whole.res % 8:
-            raise data.InputError(f"{path}: pictures of {whole.res} pixels; expected a multiple of 8, more than the {task.res} of --data")
+            raise ValueError(f"{path}: pictures of {whole.res} pixels; expected a multiple of 8, more than the {task.res} of --data")
     coarse = drawn(task, "preset", 0, task.n)[0]
     for path in paths:
-        whole = data.Npz(path)
+        whole = data.Arrays(path)
         known, held_out = task.split(whole)
-        keep(task.out / f"{Path(path).stem}-classifier.json", dict(source=data.file_sha256(path)), f"made of another {Path(path).name}")
+        keep(task.out / f"{Path(path).stem}-classifier.json", dict(source=file_sha256(path)), f"made of another {Path(path).name}")
         judge = Judge(task.out / f"{Path(path).stem}-classifier.pt", known, held_out, task.classes, max(4, 16_000 // len(known[0])))
         enlarged = lambda how: np.stack([np.asarray(Image.fromarray(p).resize((whole.res, whole.res), how)) for p in coarse])
         rows = {"drawn": drawn(task, "preset", 0, task.n, size=whole.res)[0], "bilinear": enlarged(Image.Resampling.BILINEAR),
@@ -475,7 +477,7 @@ class Report:
 
     def write(self):
         self.stem.parent.mkdir(exist_ok=True)
-        data.write_atomic(f"{self.stem}.json", lambda f: f.write(json.dumps(self.found, indent=1).encode()))
+        sample.write_atomic(f"{self.stem}.json", lambda f: f.write(json.dumps(self.found, indent=1).encode()))
         sheet(self.sheet, f"{self.stem}.png")
 
 
@@ -507,7 +509,7 @@ def sheet(rows, path, side=56):
         pen.text((6, side * y + side // 2 - 6 * len(lines)), "\n".join(lines), fill="black")
         for x, p in enumerate(pictures):
             page.paste(Image.fromarray(p).resize((side - 2, side - 2), Image.Resampling.NEAREST), (200 + side * x, side * y))
-    data.write_atomic(path, lambda f: page.save(f, format="PNG"))
+    sample.write_atomic(path, lambda f: page.save(f, format="PNG"))
 
 
 def result(path):
@@ -516,8 +518,7 @@ def result(path):
         found = json.loads(Path(path).read_text())
         table(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise data.InputError(f"{data.message(error) if isinstance(error, OSError) else f'{path}: {data.one_line(error)}'}; expected a result of "
-                              f"claims.py, .json") from None
+        raise ValueError(f"{path}: expected a result of claims.py, .json ({type(error).__name__}: {error})") from None
     return found
 
 
@@ -525,7 +526,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["show"]:
         if len(argv) != 2:
-            raise data.InputError(f"show {' '.join(argv[1:])}: expected one FILE.json")
+            raise ValueError(f"show {' '.join(argv[1:])}: expected one FILE.json")
         return print(table(result(argv[1])))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 epilog="claims.py show FILE.json prints the table of a result")
@@ -554,11 +555,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (data.InputError, OSError) as e:
-        print(f"claims.py: {data.message(e)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("claims.py: interrupted; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    sample.run_main(main)

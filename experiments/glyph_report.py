@@ -1,4 +1,4 @@
-"""What the quickstart's model has learnt, in numbers: python tests/glyph_report.py [--ckpt runs/glyphs]
+"""What the quickstart's model has learnt, in numbers: python experiments/glyph_report.py [--ckpt runs/glyphs]
 
 1. legible    share of guided samples that a classifier trained on real glyph renders calls by their class
 2. sharper    samples drawn at 4 x the training resolution against enlargements of the same seeds' 32-pixel samples:
@@ -20,9 +20,10 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Glyphs, encode_image, item_index                     # noqa: E402
+from data import item_index                     # noqa: E402
+from toys import Glyphs                          # noqa: E402
 from metrics.frechet import frechet_distance                          # noqa: E402
-from sample import generate, load_model, read_checkpoint              # noqa: E402
+from sample import generate, load, to_pixels     # noqa: E402
 
 
 def renders(res, count, split):
@@ -121,8 +122,8 @@ def main():
     p.add_argument("--steps", type=int, help="default: the recipe's")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
-    ckpt = read_checkpoint(args.ckpt)
-    model, sampling = load_model(ckpt, args.ckpt), ckpt["config"]["sampling"]
+    model, ckpt = load(args.ckpt)
+    sampling = ckpt["config"]["sampling"]
     guidance = args.guidance or sampling["guidance"]
     steps = args.steps or sampling["steps"]
 
@@ -130,9 +131,9 @@ def main():
         pictures = []
         for i in range(0, count, 36):
             indices = range(i, min(i + 36, count))
-            x, _ = generate(model, indices, args.seed, (res, res), torch.tensor([j % 36 for j in indices]),
+            x, _ = generate(model, indices, args.seed, (res, res), label=torch.tensor([j % 36 for j in indices]),
                             guidance=guidance, steps=steps)
-            pictures += [encode_image(s, res, res) for s in x]
+            pictures += [to_pixels(s, res, res) for s in x]
         return pictures
 
     classifier, accuracy = train_classifier()

@@ -1,4 +1,4 @@
-"""Do clouds follow their pictures? Retrieval, and a picture: python tests/image_report.py RUN SET VIEWS OUT.png
+"""Do clouds follow their pictures? Retrieval, and a picture: python experiments/image_report.py RUN SET VIEWS OUT.png
 
 RUN was trained by --dataset objaverse, SET/val and VIEWS/val hold objects it never saw (data.py tokens, data.py render). One
 cloud is drawn for each; it counts as right where its Chamfer distance to its own object is smaller than to every other. The

@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository root on the path, one thread, and run directories of tiny trained models."""
+"""Shared by all tests: the repository root on the path, one thread, run directories of tiny models."""
 import os
 import pathlib
 import signal
@@ -13,8 +13,8 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-TINY = ["--width", "32", "--depth", "2", "--heads", "2", "--latents", "16", "--batch-size", "8", "--decode", "64",
-        "--workers", "0", "--device", "cpu", "--sampling-steps", "3", "--dtype", "float32"]
+TINY = ["--width", "32", "--depth", "2", "--heads", "2", "--latents", "16", "--batch-size", "8",
+        "--decode", "64", "--workers", "0", "--device", "cpu", "--sampling-steps", "3", "--dtype", "float32"]
 
 
 def trained(out, *flags):
@@ -38,4 +38,5 @@ def glyphs_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def solids_run(tmp_path_factory):
     """Run directory of a point model after 6 steps: 7 classes, 64 points."""
-    return trained(tmp_path_factory.mktemp("runs") / "solids", "--dataset", "solids", "--points", 64, "--steps", 6)
+    out = tmp_path_factory.mktemp("runs") / "solids"
+    return trained(out, "--dataset", "solids", "--points", 64, "--steps", 6)

@@ -2,14 +2,14 @@
 import ast
 import functools
 import graphlib
-from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
 
-BUDGETS = {"model.py": 520, "data.py": 300, "toys.py": 280, "train.py": 330, "sample.py": 460, "evaluate.py": 450,
-           "metrics": 1500, "tools": 750, "experiments": 1700, "tests": 4500, "README.md": 180}
+BUDGETS = {"model.py": 520, "data.py": 300, "toys.py": 280, "train.py": 330, "sample.py": 460,
+           "evaluate.py": 450, "metrics": 1500, "tools": 750, "experiments": 1700, "tests": 4500,
+           "README.md": 180}
 FOLDERS = ("metrics", "tools", "experiments", "tests")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
 EACH = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -24,7 +24,7 @@ def tree(path):
 
 def lines(*names):
     """As wc -l counts them, of files and of folders' .py files."""
-    files = [file for name in names for file in ([ROOT / name] if "." in name else (ROOT / name).rglob("*.py"))]
+    files = [file for name in names for file in (ROOT / name, *(ROOT / name).rglob("*.py")) if file.is_file()]
     return sum(file.read_bytes().count(b"\n") for file in files)
 
 
@@ -74,12 +74,12 @@ def test_lines_and_functions_are_short(path):
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef) and node.name != "parser":
             most = 90 if (path.name, node.name) == ("train.py", "main") else 60
-            assert node.end_lineno - node.lineno < most, f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+            assert node.end_lineno - node.lineno + 1 <= most, node.name
 
 
 @EACH
 def test_lines_do_one_thing(path):
-    """If a lambda got a name, a call an f-string with a condition, `any` a walrus, a list a condition as factor."""
+    """If a lambda got a name, a call a conditional f-string, `any` a walrus, or a list a boolean factor."""
     for node in ast.walk(tree(path)) if "tests" not in path.parts else ():
         kinds = {type(part) for part in ast.walk(node)}
         where = f"{path.name}:{getattr(node, 'lineno', 0)}"

@@ -31,7 +31,8 @@ STATE = 20                                     # bytes of a parameter: weight, g
 
 
 class Alive(TorchDispatchMode):
-    """Under this mode `bytes` is what the results of operations occupy together, and `peak` its largest value."""
+    """Under this mode `bytes` is what the results of operations occupy together, and `peak` its largest
+    value."""
 
     def __init__(self):
         super().__init__()
@@ -53,8 +54,9 @@ class Alive(TorchDispatchMode):
 
 
 def activation_bytes(cfg, decoded, batch, grad_checkpoint=False):
-    """Largest number of bytes that a training step holds besides weights, optimizer and weight gradients, under
-    bfloat16 autocast. The backward pass is that of the noise alone: it recomputes and frees what a step does."""
+    """Largest number of bytes that a training step holds besides weights, optimizer and weight gradients,
+    under bfloat16 autocast. The backward pass is that of the noise alone: it recomputes and frees what a step
+    does."""
     with FakeTensorMode():
         model, N = ASFT(cfg), cfg.res ** 2 if cfg.domain == "image" else cfg.points
         model.grad_checkpoint = grad_checkpoint
@@ -74,7 +76,7 @@ def activation_bytes(cfg, decoded, batch, grad_checkpoint=False):
 def plan(argv, gpus, utilisation):
     """Prints what the recipe of train.py's flags takes."""
     given = train.parser().parse_args(argv)
-    model = given.model or train.RECIPES[given.dataset]["model"]       # the paper's, also where there is no GPU
+    model = given.model or train.RECIPES[given.dataset]["model"]     # the paper's, also where there is no GPU
     args, _, _ = train.settings([*argv, "--model", model, "--out", "/dev/null/plan"])
     image = PRESETS[args.model].get("domain", "image") == "image"
     name, size = ("res", args.res) if image else ("points", args.points)

@@ -1,0 +1,59 @@
+"""tools/poster.py and tools/plan.py, and that every script of experiments/ starts."""
+import importlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample
+from conftest import ROOT
+from tools import plan, poster
+
+
+def test_a_poster_has_the_pixels_of_sample_py(glyphs_run, tmp_path):
+    """In bands, continued after an interruption, and streamed into one PNG."""
+    words = ["--ckpt", str(glyphs_run), "--res", "96x80", "--steps", "2", "--device", "cpu", "--out"]
+    sample.main([*words, str(tmp_path / "whole"), "--n", "1"])
+    model, checkpoint = sample.load(glyphs_run)
+    setting = sample.resolve(model.cfg, checkpoint, (96, 80), options=dict(steps=2))
+    path = tmp_path / "poster.png"
+    (tmp_path / "poster.png.parts").mkdir()
+    poster.poster(model, setting, 0, path, rows=20)
+    a, b = (np.asarray(Image.open(p)).astype(int) for p in (path, tmp_path / "whole" / "000000.png"))
+    assert a.shape == (96, 80, 3) and abs(a - b).max() <= 1 and not (tmp_path / "poster.png.parts").exists()
+    poster.main([*words, str(tmp_path / "zoom"), "--zoom", "0.5,0.5"])
+    (sheet,) = (tmp_path / "zoom").glob("*.png")
+    assert Image.open(sheet).size[0] > 4 * 80
+
+
+def test_the_plan_needs_neither_data_nor_gpu(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan.main(["--dataset", "imagenet256", "--model", "S", "--batch-size", "256"])
+    text = capsys.readouterr().out
+    assert "102.9 GFLOP" in text and "days on 8 H100" in text and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="3 processes"):
+        plan.main(["--dataset", "imagenet256", "--gpus", "3"])
+
+
+@pytest.mark.parametrize("name", ["bench", "chaos", "claims", "glyph_report"])
+def test_experiments_start(name):
+    run = subprocess.run([sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and f"experiments/{name}.py" in run.stdout, run.stderr
+
+
+def test_a_claim_runs_whole_and_is_not_done_twice(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    claims = importlib.import_module("claims")
+    monkeypatch.setattr(claims.Pictures, "steps_drawn", 2)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=images, labels=np.arange(120) % 2)
+    words = ["linear", "--data", str(tmp_path / "set.npz"), "--steps", "1", "--n", "100", "--seeds", "1", "--out",
+             str(tmp_path / "out")]
+    claims.main(words)
+    result = tmp_path / "out" / "results" / "linear-set-1.json"
+    before = result.stat().st_mtime_ns
+    claims.main(words)
+    assert result.with_suffix(".png").exists() and result.stat().st_mtime_ns >= before

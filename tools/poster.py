@@ -1,0 +1,146 @@
+"""Images larger than memory: python tools/poster.py --res 16384 --steps 10, or --zoom 0.6,0.4
+
+Such an image is drawn in bands of rows, each with the small context integrated anew, and streamed into one PNG. A
+finished band waits in OUT.parts, so that an interrupted command goes on; torchrun shares the bands among processes.
+The pixels are those of sample.py up to rounding. --zoom x,y draws four views of --res towards a place (0..1 from the
+upper left corner) instead, each 4 times finer, with the frame of the next in red.
+"""
+import argparse
+import math
+import os
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sample  # noqa: E402
+
+BAND = 2 ** 20            # queries of a band; their state and noise are some 100 MB
+
+
+def draw(model, setting, index, box, size):
+    """The pixels in a box (x0, y0, x1, y1) of sample `index`, drawn at a size: uint8 (y1-y0, x1-x0, 3)."""
+    classes, label = setting["classes"], None
+    if classes:
+        label = torch.tensor([classes[index % len(classes)]], device=model.device)
+    with sample.autocast(model.device, setting["dtype"], "float32"):
+        x, _ = sample.generate(model, [index], setting["seed"], size, box, label, guidance=setting["guidance"],
+                               solver=setting["solver"], **setting["options"])
+    return sample.to_pixels(x[0], box[3] - box[1], box[2] - box[0])
+
+
+def poster(model, setting, index, path, rows=None):
+    """One image in bands of `rows` rows (default: as many as BAND allows, in whole tiles), streamed into
+    path."""
+    (height, width), parts = setting["size"], Path(f"{path}.parts")
+    rows = rows or max(1, BAND // width // sample.TILE * sample.TILE or BAND // width)
+    bands = [(0, y, width, min(y + rows, height)) for y in range(0, height, rows)]
+    files = [parts / f"{y0:09d}.png" for _, y0, _, _ in bands]
+    parts.mkdir(parents=True, exist_ok=True)
+    todo = [i for i in range(sample.RANK, len(bands), sample.WORLD) if not files[i].exists()]
+    with sample.progress_bar(len(todo), "band") as bar:
+        for i in todo:
+            sample.write_png(files[i], Image.fromarray(draw(model, setting, index, bands[i], (height, width))))
+            bar.update()
+    sample.wait_for_all()
+    if sample.RANK == 0:
+        sample.write_atomic(path, lambda f: stream_png(f, width, height, map(Image.open, files)))
+        shrink = math.ceil(max(height, width) / 1024)
+        small = np.concatenate([np.asarray(Image.open(file).reduce(shrink)) for file in files])
+        sample.write_png(path.with_name(path.stem + "-preview.png"), Image.fromarray(small))
+        for file in files:
+            file.unlink()
+        parts.rmdir()
+    sample.wait_for_all()
+
+
+def stream_png(f, width, height, bands):
+    """One PNG from bands of rows: 8-bit RGB, every row less the row above (filter 2 of ISO 15948)."""
+    def chunk(kind, body):
+        f.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
+    f.write(b"\x89PNG\r\n\x1a\n")
+    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    deflate, above = zlib.compressobj(), np.zeros((1, width, 3), np.uint8)
+    for band in map(np.asarray, bands):
+        rows = np.full((len(band), 1 + 3 * width), 2, np.uint8)
+        rows[:, 1:] = (band - np.concatenate([above, band[:-1]])).reshape(len(band), -1)
+        above = band[-1:]
+        chunk(b"IDAT", deflate.compress(rows))
+    chunk(b"IDAT", deflate.flush())
+    chunk(b"IEND", b"")
+
+
+def zoom(model, setting, index, path, at, views=4, finer=4):
+    """Views of one sample around `at`, each `finer` times finer than the one before, side by side."""
+    pictures, (H, W) = [], setting["size"]
+    for level in range(views):
+        size = H * finer ** level, W * finer ** level
+        x0, y0 = corner(at, size, H, W)
+        picture = Image.fromarray(draw(model, setting, index, (x0, y0, x0 + W, y0 + H), size))
+        if level + 1 < views:
+            h, w = H // finer, W // finer
+            x, y = corner(at, size, h, w)
+            frame = x - x0 - 1, y - y0 - 1, x - x0 + w, y - y0 + h
+            ImageDraw.Draw(picture).rectangle(frame, outline="red")
+        pictures.append(np.asarray(picture))
+    sample.write_png(path, sample.grid_image(pictures, columns=views))
+
+
+def corner(at, size, height, width):
+    """The upper left corner of the box of this height and width that lies around `at` in an image of that
+    size."""
+    return [min(max(round(a * big - side / 2), 0), big - side) for a, big, side in zip(at, size[::-1], (width, height))]
+
+
+def place(text):
+    x, y = map(float, text.split(","))
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise ValueError
+    return x, y
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", help="checkpoint file or run directory (default: the newest in runs/)")
+    p.add_argument("--res", default="4096", help="side, HEIGHTxWIDTH, or 4x (default: 4096; of a view of --zoom)")
+    p.add_argument("--zoom", type=place, metavar="x,y", help="four views towards this place instead")
+    p.add_argument("--n", "--samples", type=sample.positive, default=1, help="number of images (default: 1)")
+    p.add_argument("--class", dest="classes", nargs="+", default=[], help="names or indices, taken in turn")
+    p.add_argument("--seed", type=sample.natural, default=0)
+    p.add_argument("--guidance", type=float, help="default: the recipe's")
+    p.add_argument("--solver", choices=sample.SOLVERS, help="default: the recipe's")
+    p.add_argument("--steps", type=sample.positive, help="default: the recipe's")
+    p.add_argument("--out", help="directory (default: posters/ in the run)")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    args = p.parse_args(argv)
+    runs = sorted(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime)
+    if not args.ckpt and not runs:
+        raise ValueError("no checkpoint in runs/*/ckpt.pt: train one with `python train.py`, or give --ckpt")
+    model, checkpoint = sample.load(args.ckpt or runs[-1].parent)
+    if model.cfg.domain != "image":
+        raise ValueError(f"{checkpoint['path']}: draws point clouds; expected a model of images")
+    model.to(sample.start_processes(args.device, "gloo"))
+    size, options = sample.parse_size(args.res, model.cfg), {"steps": args.steps} if args.steps else {}
+    setting = sample.resolve(model.cfg, checkpoint, size, seed=args.seed, classes=args.classes, guidance=args.guidance,
+                             solver=args.solver, options=options, dtype=args.dtype)
+    out = Path(args.out or checkpoint["path"].parent / "posters")
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"{'zoom' if args.zoom else 'poster'}-{args.res}-seed{args.seed}-{setting['solver']}-g{setting['guidance']:g}"
+    for index in range(args.n):
+        path = out / f"{name}-step{setting['step']}-{index:06d}.png"
+        if args.zoom:
+            zoom(model, setting, index, path, args.zoom)
+        elif not path.exists():
+            poster(model, setting, index, path)
+        sample.print0(f"{path}")
+
+
+if __name__ == "__main__":
+    sample.run_main(main)
