@@ -128,11 +128,12 @@ def ulip_score(task, names):
     """Mean cosine of ULIP-2's features of point clouds and CLIP's of their images, pair by pair."""
     args, device = task.args, task.args.device
     if args.point_features:
-        points = np.load(args.point_features)
+        points = np.load(args.point_features, allow_pickle=False)
     else:
         points = ulip.features(ulip.load(task.paths["ulip"]).to(device), stack(task.fake), device, True)
     if args.images.endswith(".npy"):
-        return {"ulip_i": ulip.ulip_score(points, np.load(args.images))}
+        images = np.load(args.images, allow_pickle=False)
+        return {"ulip_i": ulip.ulip_score(points, images)}
     tower, items = clip.load(task.paths["bigg"]).to(device), open_set(args.images, args, "--images")
     images = (clip.preprocess(torch.from_numpy(items.item(i))[None]) for i in range(items.count))
     return {"ulip_i": ulip.ulip_score(points, torch.cat([tower(image.to(device)) for image in images]))}

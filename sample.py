@@ -2,8 +2,8 @@
 
 The encoder always sees the context at the training resolution: a grid (or set of points) of its own noise,
 integrated along with the queries. Queries are any other coordinates with their own start, which never feed
-back into the latents: one seed has one content at every resolution, and cost is linear in the queries. Noise is
-a function of (seed, sample, size, tile, step), never of batch, chunk, crop or number of processes.
+back into the latents: one seed has one content at every resolution, and cost is linear in the queries. Noise
+is a function of (seed, sample, size, tile, step), never of batch, chunk, crop or number of processes.
 
 In this order: solvers; velocity, `generate`; noise; samples as files; checkpoints; processes; command line.
 train.py and evaluate.py use its parts. It needs model.py alone, whose alphabet and conventions it keeps."""

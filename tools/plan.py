@@ -1,4 +1,4 @@
-"""What a recipe takes, before a GPU is rented: python tools/plan.py --dataset imagenet256 [any flag of train.py]
+"""What a recipe takes: python tools/plan.py --dataset imagenet256 [any flag of train.py]
 
 Prints parameters, FLOPs, memory of a GPU and days. It needs neither data nor a GPU:
 
@@ -63,7 +63,8 @@ def activation_bytes(cfg, decoded, batch, grad_checkpoint=False):
         if hasattr(model.encoder, "read"):                     # as many windows at a time as a GPU reads
             model.encoder.read.AT_A_TIME = {"cpu": model.encoder.read.AT_A_TIME["cuda"]}
         coords = torch.empty(N, 2) if cfg.domain == "image" else None
-        x0, eps, t = torch.empty(batch, N, 3), torch.empty(batch, N, 3, requires_grad=True), torch.empty(batch)
+        x0, t = torch.empty(batch, N, 3), torch.empty(batch)
+        eps = torch.empty(batch, N, 3, requires_grad=True)
         query = torch.zeros(batch, decoded, dtype=torch.long)
         tokens = torch.empty(batch, 576, cfg.token_dim) if cfg.token_dim else None
         with Alive() as alive:
@@ -87,13 +88,14 @@ def plan(argv, gpus, utilisation):
     micro = args.batch_size // (gpus * args.accumulate)
     state, activations = STATE * parameters, activation_bytes(cfg, args.decode, micro, args.grad_checkpoint)
     days = args.steps * step / (gpus * H100_FLOPS * utilisation) / 86400
-    print(f"""{args.dataset}: model {args.model}, {name} {size or "of the preset"}, {args.decode} pairs decoded
+    size, B, exa = size or "of the preset", args.batch_size, args.steps * step / 1e18
+    print(f"""{args.dataset}: model {args.model}, {name} {size}, {args.decode} pairs decoded
 parameters      {parameters / 1e6:.1f}M, without class embeddings (the data tell how many)
-FLOPs           {flops / 1e9:.1f} GFLOP forward a sample, {step / 1e12:,.1f} TFLOP a step of {args.batch_size} samples
-steps           {args.steps:,}, {args.steps * args.batch_size / 1e6:,.1f}M samples, {args.steps * step / 1e18:,.1f} EFLOP
+FLOPs           {flops / 1e9:.1f} GFLOP forward a sample, {step / 1e12:,.1f} TFLOP a step of {B} samples
+steps           {args.steps:,}, {args.steps * B / 1e6:,.1f}M samples, {exa:,.1f} EFLOP
 memory a GPU    {state / 1e9:.1f} GB state, {activations / 1e9:.1f} GB activations of {micro} samples
                 {(state + activations) / 1e9:.1f} GB in all
-time            {days:,.1f} days on {gpus} H100 at {100 * utilisation:g} % of {H100_FLOPS / 1e12:g} TFLOP/s""")
+time            {days:,.1f} days on {gpus} H100 at {100 * utilisation:g} % of 989 TFLOP/s""")
     for again in (False, True) if state + activations > H100_BYTES else ():
         for k in (k for k in range(1, micro * args.accumulate + 1) if args.batch_size % (gpus * k) == 0):
             bytes = state + activation_bytes(cfg, args.decode, args.batch_size // (gpus * k), again)
@@ -109,7 +111,8 @@ def presets():
         parameters = forward_flops(cfg, decoded)[1]
         sample = [(activation_bytes(cfg, decoded, 16, again) - activation_bytes(cfg, decoded, 8, again)) / 8e9
                   for again in (False, True)]
-        print(f"{name:16}{parameters / 1e6:>10.1f}M{STATE * parameters / 1e9:>10.2f}{sample[0]:>12.3f}{sample[1]:>12.3f}")
+        state = STATE * parameters / 1e9
+        print(f"{name:16}{parameters / 1e6:>10.1f}M{state:>10.2f}{sample[0]:>12.3f}{sample[1]:>12.3f}")
 
 
 def main(argv=None):

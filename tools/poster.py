@@ -1,9 +1,9 @@
 """Images larger than memory: python tools/poster.py --res 16384 --steps 10, or --zoom 0.6,0.4
 
-Such an image is drawn in bands of rows, each with the small context integrated anew, and streamed into one PNG. A
-finished band waits in OUT.parts, so that an interrupted command goes on; torchrun shares the bands among processes.
-The pixels are those of sample.py up to rounding. --zoom x,y draws four views of --res towards a place (0..1 from the
-upper left corner) instead, each 4 times finer, with the frame of the next in red.
+Such an image is drawn in bands of rows, each with the small context integrated anew, and streamed into a PNG.
+A finished band waits in OUT.parts, so that an interrupted command goes on; torchrun shares the bands among
+processes. The pixels are those of sample.py up to rounding. --zoom x,y draws four views of --res towards a
+place (0..1 from the upper left corner) instead, each 4 times finer, with the frame of the next in red.
 """
 import argparse
 import math
@@ -30,8 +30,8 @@ def draw(model, setting, index, box, size):
     if classes:
         label = torch.tensor([classes[index % len(classes)]], device=model.device)
     with sample.autocast(model.device, setting["dtype"], "float32"):
-        x, _ = sample.generate(model, [index], setting["seed"], size, box, label, guidance=setting["guidance"],
-                               solver=setting["solver"], **setting["options"])
+        x, _ = sample.generate(model, [index], setting["seed"], size, box, label,
+                               guidance=setting["guidance"], solver=setting["solver"], **setting["options"])
     return sample.to_pixels(x[0], box[3] - box[1], box[2] - box[0])
 
 
@@ -46,7 +46,8 @@ def poster(model, setting, index, path, rows=None):
     todo = [i for i in range(sample.RANK, len(bands), sample.WORLD) if not files[i].exists()]
     with sample.progress_bar(len(todo), "band") as bar:
         for i in todo:
-            sample.write_png(files[i], Image.fromarray(draw(model, setting, index, bands[i], (height, width))))
+            band = draw(model, setting, index, bands[i], (height, width))
+            sample.write_png(files[i], Image.fromarray(band))
             bar.update()
     sample.wait_for_all()
     if sample.RANK == 0:
@@ -95,7 +96,8 @@ def zoom(model, setting, index, path, at, views=4, finer=4):
 def corner(at, size, height, width):
     """The upper left corner of the box of this height and width that lies around `at` in an image of that
     size."""
-    return [min(max(round(a * big - side / 2), 0), big - side) for a, big, side in zip(at, size[::-1], (width, height))]
+    rows = zip(at, size[::-1], (width, height))
+    return [min(max(round(share * big - side / 2), 0), big - side) for share, big, side in rows]
 
 
 def place(text):
@@ -108,7 +110,7 @@ def place(text):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", help="checkpoint file or run directory (default: the newest in runs/)")
-    p.add_argument("--res", default="4096", help="side, HEIGHTxWIDTH, or 4x (default: 4096; of a view of --zoom)")
+    p.add_argument("--res", default="4096", help="side, HEIGHTxWIDTH, or 4x (default: 4096)")
     p.add_argument("--zoom", type=place, metavar="x,y", help="four views towards this place instead")
     p.add_argument("--n", "--samples", type=sample.positive, default=1, help="number of images (default: 1)")
     p.add_argument("--class", dest="classes", nargs="+", default=[], help="names or indices, taken in turn")
@@ -128,11 +130,12 @@ def main(argv=None):
         raise ValueError(f"{checkpoint['path']}: draws point clouds; expected a model of images")
     model.to(sample.start_processes(args.device, "gloo"))
     size, options = sample.parse_size(args.res, model.cfg), {"steps": args.steps} if args.steps else {}
-    setting = sample.resolve(model.cfg, checkpoint, size, seed=args.seed, classes=args.classes, guidance=args.guidance,
-                             solver=args.solver, options=options, dtype=args.dtype)
+    setting = sample.resolve(model.cfg, checkpoint, size, seed=args.seed, classes=args.classes,
+                             guidance=args.guidance, solver=args.solver, options=options, dtype=args.dtype)
     out = Path(args.out or checkpoint["path"].parent / "posters")
     out.mkdir(parents=True, exist_ok=True)
-    name = f"{'zoom' if args.zoom else 'poster'}-{args.res}-seed{args.seed}-{setting['solver']}-g{setting['guidance']:g}"
+    kind = "zoom" if args.zoom else "poster"
+    name = f"{kind}-{args.res}-seed{args.seed}-{setting['solver']}-g{setting['guidance']:g}"
     for index in range(args.n):
         path = out / f"{name}-step{setting['step']}-{index:06d}.png"
         if args.zoom:
