@@ -605,9 +605,9 @@ def main(argv=None):
     model.to(start_processes(args.device, "gloo"))
     options = {name: getattr(args, name) for name in ("steps", *DEFAULTS) if getattr(args, name) is not None}
     return sample(model, checkpoint, args.n, args.out, args.batch, args.chunk, args.npz, seed=args.seed,
-           size=parse_size(args.res or "1x", model.cfg) if image else args.points, crop=args.crop,
-           classes=args.classes, tokens=args.tokens, guidance=args.guidance, solver=args.solver,
-           options=options, dtype=args.dtype)
+                  size=parse_size(args.res or "1x", model.cfg) if image else args.points, crop=args.crop,
+                  classes=args.classes, tokens=args.tokens, guidance=args.guidance, solver=args.solver,
+                  options=options, dtype=args.dtype)
 
 
 if __name__ == "__main__":

@@ -149,6 +149,13 @@ def test_noise_is_a_function_of_place():
     assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
 
 
+def test_every_step_of_the_sde_has_noise_of_its_own(monkeypatch):
+    keys, inner = [], sample.gaussian
+    monkeypatch.setattr(sample, "gaussian", lambda part, *key: keys.append(key) or inner(part, *key))
+    sample.generate(small(), [3], 1, solver="sde", steps=4)
+    assert keys == [(1, 3, "context", "start"), *((1, 3, "context", "sde", i) for i in range(3))]
+
+
 # ---- The command line and its files ----
 
 def checkpoint(folder, net, **config):
@@ -308,6 +315,14 @@ def test_broken_checkpoints_are_refused_or_replaced(run, tmp_path, monkeypatch, 
         sample.load(file)
     assert sample.load(file.parent)[1]["path"].name == "ckpt-0000005.pt"
     assert "ckpt.pt: not a whole checkpoint" in capsys.readouterr().err and not (tmp_path / "BOOM").exists()
+
+
+def test_averaged_and_raw_weights(tmp_path):
+    run = checkpoint(tmp_path / "run", small())
+    state = torch.load(run / "ckpt.pt", weights_only=True)
+    state["ema"] = {name: torch.zeros_like(x) for name, x in state["ema"].items()}
+    torch.save(state, run / "ckpt.pt")
+    assert not sample.load(run)[0].head.weight.any() and sample.load(run, "raw")[0].head.weight.any()
 
 
 def test_missing_checkpoint_is_named(tmp_path, monkeypatch):
