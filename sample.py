@@ -234,11 +234,6 @@ def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=No
     names, solver, options = config["class_names"], solver or recipe["solver"], dict(options)
     if guidance not in (None, 1) and not (names or tokens):
         raise ValueError(f"--guidance {guidance}: there are neither classes nor --tokens to guide by")
-    labels = {name: i for i, name in enumerate(names)}
-    if not any(name.isdecimal() for name in names):                  # else an index could be taken for a name
-        labels |= {str(i): i for i in range(len(names))}
-    for name in set(classes) - set(labels):
-        raise ValueError(f"--class {name}: no such name or index; the {len(names)} classes are {names[:12]}")
     known = DEFAULTS | dict(steps=recipe["steps"], path=config["path"])
     takes = [name for name in known if name in inspect.signature(SOLVERS[solver]).parameters]
     for name in set(options) - set(takes):
@@ -254,7 +249,7 @@ def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=No
         ckpt_sha256=checkpoint["sha256"], step=checkpoint["step"], weights=checkpoint["weights"],
         dataset=config["settings"].get("dataset"), category=config["settings"].get("category"), size=size,
         crop=crop, shape=(y1 - y0, x1 - x0), seed=seed,
-        classes=[labels[c] for c in classes] or [*range(len(names))],
+        classes=parse_classes(classes, names),
         tokens=tokens, guidance=guidance, solver=solver, options={k: known[k] for k in takes} | options,
         dtype=dtype)))
 
@@ -560,6 +555,16 @@ def parse_size(text, cfg):
         raise ValueError(f"--res {text}: expected a size such as 512, 192x320, or 4x, times that of training")
     height, width = int(found[1]), int(found[3] or found[1])
     return (height * cfg.res, height * cfg.res) if text.endswith("x") else (height, width)
+
+
+def parse_classes(wanted, names):
+    """Labels of class names, or of indices where no name is a number; all classes where none is wanted."""
+    labels = {name: i for i, name in enumerate(names)}
+    if not any(name.isdecimal() for name in names):
+        labels |= {str(i): i for i in range(len(names))}
+    for name in set(wanted) - set(labels):
+        raise ValueError(f"--class {name}: no such name or index; the {len(names)} classes are {names[:12]}")
+    return [labels[name] for name in wanted] or [*range(len(names))]
 
 
 def parser():
