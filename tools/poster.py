@@ -6,6 +6,8 @@ processes. The pixels are those of sample.py up to rounding. --zoom x,y draws fo
 place (0..1 from the upper left corner) instead, each 4 times finer, with the frame of the next in red.
 """
 import argparse
+import hashlib
+import json
 import math
 import os
 import struct
@@ -52,7 +54,7 @@ def poster(model, setting, index, path, rows=None):
     sample.wait_for_all()
     if sample.RANK == 0:
         sample.write_atomic(path, lambda f: stream_png(f, width, height, map(Image.open, files)))
-        shrink = math.ceil(max(height, width) / 1024)
+        shrink = 2 ** max(0, math.ceil(math.log2(max(height, width) / 1024)))      # divides a band's rows
         small = np.concatenate([np.asarray(Image.open(file).reduce(shrink)) for file in files])
         sample.write_png(path.with_name(path.stem + "-preview.png"), Image.fromarray(small))
         for file in files:
@@ -135,9 +137,9 @@ def main(argv=None):
     out = Path(args.out or checkpoint["path"].parent / "posters")
     out.mkdir(parents=True, exist_ok=True)
     kind = "zoom" if args.zoom else "poster"
-    name = f"{kind}-{args.res}-seed{args.seed}-{setting['solver']}-g{setting['guidance']:g}"
+    code = hashlib.sha256(json.dumps([setting, args.zoom]).encode()).hexdigest()[:8]     # no two settings mix
     for index in range(args.n):
-        path = out / f"{name}-step{setting['step']}-{index:06d}.png"
+        path = out / f"{kind}-{args.res}-seed{args.seed}-{code}-{index:06d}.png"
         if args.zoom:
             zoom(model, setting, index, path, args.zoom)
         elif not path.exists():
