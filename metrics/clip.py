@@ -10,7 +10,6 @@ its sizes in TOWERS; load. Alphabet: B images, T tokens (class, patches), D widt
 import textwrap
 import warnings
 import zipfile
-from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -39,11 +38,9 @@ def preprocess(images):
     return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), which OpenAI's towers were trained with."""
-
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+def quick_gelu(x):
+    """What OpenAI's towers were trained with."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
@@ -66,18 +63,18 @@ class Block(nn.Module):
     def __init__(self, width, heads, hidden, activation):
         super().__init__()
         self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(width), Attention(width, heads), nn.LayerNorm(width)
-        layers = dict(c_fc=nn.Linear(width, hidden), gelu=activation(), c_proj=nn.Linear(hidden, width))
-        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(width, hidden), c_proj=nn.Linear(hidden, width)))
+        self.activation = activation
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp.c_proj(self.activation(self.mlp.c_fc(self.ln_2(x))))
 
 
 class VisionTransformer(nn.Module):
     """(B,3,224,224) as preprocess leaves it -> (B,out), not normalised."""
 
-    def __init__(self, patch=32, width=768, depth=12, heads=12, hidden=3072, out=512, activation=QuickGELU):
+    def __init__(self, patch=32, width=768, depth=12, heads=12, hidden=3072, out=512, activation=quick_gelu):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(width))
@@ -95,10 +92,11 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj                                         # (B, out)
 
 
+# shape of conv1.weight -> ViT-B/32, and open_clip's ViT-bigG/14 (laion2b_s39b_b160k) with an exact GELU
 TOWERS = {
-    "ViT-B/32": dict(patch=32, width=768, depth=12, heads=12, hidden=3072, out=512, activation=QuickGELU),
-    # open_clip, pretrained laion2b_s39b_b160k: heads of 104 channels, exact GELU
-    "ViT-bigG/14": dict(patch=14, width=1664, depth=48, heads=16, hidden=8192, out=1280, activation=nn.GELU),
+    (768, 3, 32, 32): {},
+    (1664, 3, 14, 14): dict(patch=14, width=1664, depth=48, heads=16, hidden=8192, out=1280,
+                            activation=F.gelu),
 }
 
 
@@ -117,10 +115,8 @@ def load(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
         state = {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}
         state = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")} or state
-        shape = tuple(state["conv1.weight"].shape)
-        sizes = {(t["width"], 3, t["patch"], t["patch"]): t for t in TOWERS.values()}[shape]
         with torch.device("meta"):                            # no second copy of 1.8 billion parameters
-            tower = VisionTransformer(**sizes)
+            tower = VisionTransformer(**TOWERS[tuple(state["conv1.weight"].shape)])
         tower.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     except Exception as e:     # a broken or foreign file raises whatever its bytes provoke
         found = textwrap.shorten(str(e).split("Unpickler error:")[-1], 300)

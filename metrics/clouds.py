@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -196,14 +197,14 @@ def compute(rows, cols, distance, device, pool):
     """One block of distances: float32 (len(rows), len(cols))."""
     if distance == "chamfer" and torch.device(device).type == "cpu":
         return chamfer_block(rows, cols, pool)
-    I, J, where = len(rows), len(cols), "cpu" if distance == "exact" else device
+    where = "cpu" if distance == "exact" else device
     x, y = torch.from_numpy(rows).to(where), torch.from_numpy(cols).to(where)
-    x, y = x.repeat_interleave(J, 0), y.repeat(I, 1, 1)
+    x, y = x.repeat_interleave(len(cols), 0), y.repeat(len(rows), 1, 1)
     if x.device.type == "cpu":                                         # pair by pair
         found = torch.cat(list(pool.map(DISTANCES[distance], x.split(1), y.split(1))))
     else:
         found = DISTANCES[distance](x, y)
-    return found.float().cpu().numpy().reshape(I, J)
+    return found.float().cpu().numpy().reshape(len(rows), len(cols))
 
 
 def chamfer_block(rows, cols, pool):
@@ -236,10 +237,8 @@ def open_cache(rows, cols, distance, cache):
         path.parent.mkdir(parents=True, exist_ok=True)
         mine = path.with_name(f"{path.stem}.{os.getpid()}.npy")
         np.save(mine, empty)
-        try:
-            os.link(mine, path)                                        # a rename could replace another's
-        except FileExistsError:
-            pass
+        with suppress(FileExistsError):                                # another process made it
+            os.link(mine, path)
         mine.unlink()
     return np.load(path, mmap_mode="r+", allow_pickle=False)
 

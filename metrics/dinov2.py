@@ -2,8 +2,7 @@
 
 Reads Meta's released state dicts, dinov2_{vits14,vitb14,vitl14,vitg14}[_reg4]_pretrain.pth, as torch.hub
 keeps them (Oquab et al. 2023; with registers Darcet et al. 2023). Source: facebookresearch/dinov2. Alphabet:
-B images, n patches of 14 x 14 pixels, T tokens (class, registers, patches), D width, H heads. Needs torch
-only.
+B images, n patches of 14 x 14 pixels, T tokens (class, registers, patches), D width, H heads.
 
     net = load(path)                  # a .pth file, or torch.hub's directory
     features = net(images)            # uint8 (B,H,W,3) -> float32 (B,n,D), row by row, after the last norm
@@ -115,9 +114,7 @@ class DINOv2(nn.Module):
 
 
 def find(path):
-    """The weight file meant by a path: itself, or the dinov2_*_pretrain.pth in it or its checkpoints/.
-
-    Of several it is the one named FILE. Raises ValueError naming the path."""
+    """The weight file meant by a path: itself, or the one, or FILE, that it or its checkpoints/ holds."""
     path = Path(path)
     if path.is_file():
         return path

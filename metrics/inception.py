@@ -7,7 +7,7 @@ pools by the maximum, there are 1008 classes and no auxiliary head. Needs torch,
     net, resize = load(path), RESIZES["tf1"]
     pool, spatial, logits = net(resize(images))            # images uint8 (B,H,W,3)
 
-In order: the three resizes in use; Unit and the blocks Mixed and E; InceptionV3; load; inception_score.
+In order: the three resizes in use; Unit and the blocks Mixed and Mixed7; InceptionV3; load; inception_score.
 """
 import textwrap
 
@@ -61,12 +61,10 @@ RESIZES = {"tf1": resize_tf1, "pytorch-fid": resize_pytorch_fid, "clean": resize
 # --- The network
 
 class Unit(nn.Module):
-    """Convolution without bias, batch normalisation (eps 1e-3), ReLU. Stride 1 keeps the size by default."""
+    """Convolution without bias, batch normalisation (eps 1e-3), ReLU. By default the size stays."""
 
-    def __init__(self, channels, out, kernel, stride=1, padding=None):
+    def __init__(self, channels, out, kernel, stride=1, padding="same"):
         super().__init__()
-        if padding is None:
-            padding = "same" if stride == 1 else 0
         self.conv = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
 
@@ -79,18 +77,18 @@ MAXIMUM, HALVE = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 
 
 class Mixed(nn.Module):
-    """Branches side by side, their outputs joined. A branch is a row of units (out, kernel[, stride]).
+    """Branches side by side, their outputs joined: rows of units (out, kernel[, stride, padding]).
 
-    Its units are called BRANCH_1, BRANCH_2, ..., a single one BRANCH. The last branch begins with `pool`."""
+    Units of a branch are called BRANCH_1, ..., a single one BRANCH. The last branch begins with `pool`."""
 
     def __init__(self, channels, pool, **branches):
         super().__init__()
         self.pool, self.paths = pool, []
         for branch, units in branches.items():
             width, path = channels, []
-            for n, (out, *kernel_stride) in enumerate(units, 1):
+            for n, (out, *options) in enumerate(units, 1):
                 path.append(branch if len(units) == 1 else f"{branch}_{n}")
-                self.add_module(path[-1], Unit(width, out, *kernel_stride))
+                self.add_module(path[-1], Unit(width, out, *options))
                 width = out
             self.paths.append(path)
 
@@ -104,20 +102,20 @@ class Mixed(nn.Module):
         return torch.cat(outputs, 1)
 
 
-def mixed_a(channels, pool):
+def mixed_5(channels, pool):
     """35 x 35: Mixed_5b, 5c, 5d."""
     return Mixed(channels, AVERAGE, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
                  branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pool, 1)])
 
 
-def mixed_c(c):
+def mixed_6(c):
     """17 x 17 with 7 x 7 convolutions in two halves: Mixed_6b to 6e. c: channels between these."""
     wide, high = (1, 7), (7, 1)
     return Mixed(768, AVERAGE, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, wide), (192, high)],
                  branch7x7dbl=[(c, 1), (c, high), (c, wide), (c, high), (192, wide)], branch_pool=[(192, 1)])
 
 
-class E(nn.Module):
+class Mixed7(nn.Module):
     """8 x 8: Mixed_7b, 7c. `pool` is the mean in 7b and, a quirk of the graph, the maximum in 7c."""
 
     def __init__(self, channels, pool):
@@ -145,16 +143,16 @@ class InceptionV3(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Unit(3, 32, 3, 2), Unit(32, 32, 3, padding=0)
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Unit(3, 32, 3, 2, 0), Unit(32, 32, 3, padding=0)
         self.Conv2d_2b_3x3 = Unit(32, 64, 3)
         self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Unit(64, 80, 1), Unit(80, 192, 3, padding=0)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_a(192, 32), mixed_a(256, 64), mixed_a(288, 64)
-        self.Mixed_6a = Mixed(288, HALVE, branch3x3=[(384, 3, 2)],
-                              branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[])
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(mixed_c, (128, 160, 160, 192))
-        self.Mixed_7a = Mixed(768, HALVE, branch3x3=[(192, 1), (320, 3, 2)], branch7x7x3=[
-            (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], branch_pool=[])
-        self.Mixed_7b, self.Mixed_7c = E(1280, AVERAGE), E(2048, MAXIMUM)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_5(192, 32), mixed_5(256, 64), mixed_5(288, 64)
+        self.Mixed_6a = Mixed(288, HALVE, branch3x3=[(384, 3, 2, 0)],
+                              branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2, 0)], branch_pool=[])
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(mixed_6, (128, 160, 160, 192))
+        self.Mixed_7a = Mixed(768, HALVE, branch3x3=[(192, 1), (320, 3, 2, 0)], branch7x7x3=[
+            (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)], branch_pool=[])
+        self.Mixed_7b, self.Mixed_7c = Mixed7(1280, AVERAGE), Mixed7(2048, MAXIMUM)
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):

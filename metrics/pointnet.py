@@ -1,5 +1,4 @@
-"""PointNet++ of P-FID and P-IS: the classifier from which Point-E's evaluation takes features of point
-clouds.
+"""PointNet++ of P-FID and P-IS: the classifier whose features of point clouds Point-E's evaluation takes.
 
 Single-scale grouping, 40 classes (ModelNet40), no normals, twice the usual width. Sources: Qi et al. 2017 for
 the network; github.com/openai/point-e, point_e/evals, for every choice the figures depend on: how clouds are
@@ -9,7 +8,7 @@ of a cloud, G groups with a centre each, n points of a group, C and D channels. 
     net = load(path)
     x = features(net, clouds)          # clouds (S,P,3), P >= 512, in any scale -> (S,512)
 
-In order: sampling and grouping of points; the network PointNet2 and load; features, of a whole set.
+In order: sampling and grouping of points; PointNet2 and load; features, of a set.
 """
 import textwrap
 
@@ -132,9 +131,8 @@ EXTRAS = [np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64", "i
 
 
 def load(path):
-    """PointNet2 for evaluation, on the CPU, with the weights of Point-E's file or of its state dict alone.
-
-    Raises ValueError naming the file and what does not fit."""
+    """PointNet2 for evaluation, on the CPU, with Point-E's weights of a file. ValueError names what is
+    wrong."""
     net = PointNet2()
     try:
         with torch.serialization.safe_globals(EXTRAS):

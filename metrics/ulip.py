@@ -6,8 +6,7 @@ Sources: Xue et al. 2024 and github.com/salesforce/ULIP, models/pointbert, for t
 its design; github.com/erikwijmans/Pointnet2_PyTorch for its centres. The default is the network of 10,000
 coloured points, with image embeddings of OpenCLIP's ViT-bigG-14 (clip.py). That of 8,192 points without
 colour is told by its weights and goes with another CLIP; its figures are of another scale. Alphabet: S clouds
-of a set, B of a batch, P points of a cloud, G groups with a centre each, n points of a group, C channels, D
-width, H heads.
+of a set, B of a batch, P points of a cloud, G groups of n points around centres, C channels, D width.
 
     net = load(path)
     score = ulip_score(features(net, clouds), image_features)      # (S,P,3 or 6), (S,1280) -> a float
@@ -106,7 +105,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)                                   # (B, H, 1 + G, D/H)
+        x = F.scaled_dot_product_attention(q, k, v)                                   # (B, heads, 1 + G, d)
         return self.proj(x.transpose(1, 2).flatten(2))                                # (B, 1 + G, D)
 
 

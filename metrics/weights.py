@@ -1,14 +1,12 @@
-"""Released weight files of the metrics' networks: where they come from; finding, checking, telling them
-apart.
+"""Released weight files of the metrics' networks: where they come from, how to find and tell them apart.
 
 A file is, in this order, the one that is given; the one in the cache, `weights/` in $ASFT_CACHE, else in
 $XDG_CACHE_HOME/asft, else in ~/.cache/asft; or a download, if that is asked for. Nothing else touches the
-network, and a download counts only with the published SHA-256. Needs torch, numpy and tqdm.
+network, and a download counts only with the published SHA-256. In order: RELEASED, the table of files;
+sha256, cache_directory; find and fetch; identify. Needs torch, numpy and tqdm.
 
     path, digest, published = find("inception")            # or find("inception", given=path, download=True)
     name = identify(path)                                  # "inception", told by the keys in the file
-
-In order: RELEASED, the table of files; sha256, cache_directory; find and fetch; identify.
 """
 import argparse
 import hashlib

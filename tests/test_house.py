@@ -10,7 +10,7 @@ from conftest import ROOT
 # What each room has reached. It may shrink; the design's own budgets are 520, 300, 280, 330, 460, 450, 1500, 750,
 # 1700, 4500 and 180 lines, 4600 for all code outside tests and experiments.
 BUDGETS = {"model.py": 584, "data.py": 464, "toys.py": 280, "train.py": 488, "sample.py": 620,
-           "evaluate.py": 702, "metrics": 1500, "tools": 1045, "experiments": 1700, "tests": 5000,
+           "evaluate.py": 702, "metrics": 1470, "tools": 1005, "experiments": 1700, "tests": 4560,
            "README.md": 180}
 FOLDERS = ("metrics", "tools", "experiments", "tests")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
@@ -64,7 +64,7 @@ def test_rooms_are_within_their_budgets(name):
 
 def test_sums_are_within_their_budgets():
     """If the code, or the three files that a reader starts with, outgrew their sums."""
-    assert lines(*(path.name for path in ROOT.glob("*.py")), "metrics", "tools") <= 5690
+    assert lines(*(path.name for path in ROOT.glob("*.py")), "metrics", "tools") <= 5605
     assert lines("model.py", "train.py", "sample.py") <= 1695
 
 
