@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import sys
+import zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,8 +34,8 @@ from metrics import clip, clouds, frechet, inception, pointnet, ulip, weights
 from metrics.precision_recall import precision_recall
 from sample import RANK, WORLD, natural, positive, print0, wait_for_all, write_atomic, write_json
 
-# ---------------------------------------------------------------------------------------------------------
-# Scores: score(task, names) -> {name: value}, called once for all names that share it. A task has args, the
+# ---- Scores ---------------------------------------------------------------------------------------------
+# score(task, names) -> {name: value}, called once for all names that share it. A task has args, the
 # Sets fake and real, paths {network: weights}, protocol (goes into the JSON), warn(text), and of features
 # moments {(side, feature): frechet.Moments} and rows {(side, feature): (S,d)}; side is "fake" or "real".
 
@@ -173,8 +174,7 @@ METRICS = {
     "fd": Metric("image points", frechet_scores, (), "own", ("mu_fd", "sigma_fd"), own=True),
 }
 
-# ---------------------------------------------------------------------------------------------------------
-# What the paper reports: (data set, category or resolution) -> row -> metric, in the units of our output
+# ---- What the paper reports: (data set, category or resolution) -> row -> metric, in the units of our output
 
 PAPER = {
     ("ffhq256", 256): {"ASFT-B (Tab. 1)": dict(fid_clip=2.46), "ASFT-L (Tab. 1)": dict(fid_clip=2.18)},
@@ -198,8 +198,7 @@ PAPER.update({("shapenet", category): {f"ASFT-{size} (Tab. 4)": dict(zip(COLUMNS
               for category, (_, *rows) in TABLE4.items()})
 FOLDERS = {"ffhq256": 256, "church256": 256, "imagenet128": 128, "imagenet256": 256}     # name: resolution
 
-# ---------------------------------------------------------------------------------------------------------
-# Sets: what --fake and --real may be
+# ---- Sets: what --fake and --real may be ---------------------------------------------------------------
 
 @dataclass
 class Set:
@@ -250,7 +249,11 @@ def file_set(path, files, read, args, **more):
 def image_set(path, args):
     """A directory, .zip or lmdb of images, or a packed directory."""
     found = data.load("folder", str(path), labels=False)
-    return Set(str(path), "image", len(found), lambda i: sized(found.item(i)[0], args), found.files)
+    files = found.files
+    if isinstance(found, data.Arrays):                                 # the manifest tells what was packed
+        kinds = json.loads((path / "manifest.json").read_text())["file_type"].split("+")
+        files = [f"image.{kind}" for kind in kinds]
+    return Set(str(path), "image", len(found), lambda i: sized(found.item(i)[0], args), files)
 
 
 def named_set(name, split, args):
@@ -352,8 +355,7 @@ def stack(items):
                              f"{len(row)}; expected {len(rows[0])}, as item 0")
     return np.stack(rows)
 
-# ---------------------------------------------------------------------------------------------------------
-# Features: every item once, shared out over the processes
+# ---- Features: every item once, shared out over the processes ------------------------------------------
 
 def inception_features(args, path):
     net, resize = inception.load(path).to(args.device), inception.RESIZES[args.resize]
@@ -432,8 +434,7 @@ def extract(task, side, names, runs):
     digest = hashlib.sha256(b"".join(digests[i] for i in sorted(digests))).hexdigest()
     task.protocol.update({f"{side}_sha256": items.sha256 or digest, f"{side}_size": shape})
 
-# ---------------------------------------------------------------------------------------------------------
-# Commands
+# ---- Commands ------------------------------------------------------------------------------------------
 
 def choose(args, domain, real, warn):
     """The metrics to compute, {network: (path, SHA-256, published)}, and the streams of features. Of `all`
@@ -484,7 +485,8 @@ def is_checkpoint(source):
     if path.suffix != ".pt" or not path.is_file():
         return path.is_dir() and bool(sample.checkpoints(path))
     with data.reading(path, "a file of tensors"):
-        return {"ema", "config"} <= {*torch.load(path, map_location="cpu", weights_only=True)}
+        mmap = zipfile.is_zipfile(path)                                # its weights are not read here
+        return {"ema", "config"} <= {*torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)}
 
 
 def draw(args, model, checkpoint, count):
@@ -641,8 +643,7 @@ def stats(args):
         write_atomic(args.out, lambda file: np.savez(file, n=real.count, meta=meta, **arrays))
     print0(f"{args.out}: {', '.join(names)} of {real.count} images {task.protocol['real_size']}")
 
-# ---------------------------------------------------------------------------------------------------------
-# Flags
+# ---- Flags ---------------------------------------------------------------------------------------------
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -140,9 +140,9 @@ class ASFT(nn.Module):
         self.classes = nn.Embedding(cfg.n_classes + 1, D) if cfg.n_classes else None   # last row: null
         self.tokens = nn.Linear(cfg.token_dim, D) if cfg.token_dim else None
         self.null_token = nn.Parameter(torch.empty(cfg.token_dim)) if cfg.token_dim else None
-        context = getattr(self.encoder, "gives_context", False)
-        first = [True] + [False] * cfg.first_self if context else []     # True: the block reads the context
-        group = ([True] if context and cfg.reread else []) + [False] * cfg.self_layers
+        self.reads = getattr(self.encoder, "gives_context", False)   # the trunk reads a context of any size
+        first = [True] + [False] * cfg.first_self if self.reads else []  # True: the block reads it
+        group = ([True] if self.reads and cfg.reread else []) + [False] * cfg.self_layers
         self.level_ends = [len(first) + len(group) * (cfg.depth * k // K) for k in range(1, K + 1)]
         self.trunk = nn.ModuleList(Block(cfg, r, tokens=cfg.token_dim > 0) for r in first + group * cfg.depth)
         self.register_buffer("rope", rope_table(cfg) if cfg.rope else None, persistent=False)
@@ -196,7 +196,7 @@ class ASFT(nn.Module):
         """Latents of every decoder level, K x (B, L, D). coords (N, 2), (B, N, 2) or None; values (b, N, 3),
         an image's whole training grid, in any order; drop (B,) bool puts in the null class and token."""
         N = self.cfg.res ** 2 if self.cfg.domain == "image" else self.cfg.points
-        if values.shape[2:] != (3,) or self.cfg.encoder != "perceiver" and values.shape[1] != N:
+        if values.shape[2:] != (3,) or not self.reads and values.shape[1] != N:
             raise ValueError(f"context values must have shape (B, {N}, 3), not {tuple(values.shape)}")
         latents, context = self.encoder(coords, values)                                  # (b, L, D) (b, N, D)
         c = self.condition(t, label, drop)                                               # (B, D)

@@ -205,8 +205,7 @@ def generator(*key, device="cpu"):
 
 
 def gaussian(part, *key):
-    """Standard normal (M, 3) of a run (start, stop) of points, or of a box (x0, y0, x1, y1) of pixels row by
-    row; drawn on the CPU, so that any device and any part of the whole gets the same."""
+    """Standard normal (M, 3) of a run of points or a box of pixels; from the CPU, so equal on any device."""
     if len(part) == 2:
         tiles = range(part[0] // RUN, math.ceil(part[1] / RUN))
         noise = torch.cat([torch.randn(RUN, 3, generator=generator(*key, i)) for i in tiles])
@@ -228,8 +227,7 @@ AT_ONCE = 2 ** 20         # queries of a batch: their state and noise are some 1
 
 def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=None, guidance=None,
             solver=None, options=(), dtype="auto"):
-    """The whole setting of some samples, the recipe's where none is given, as JSON values. Raises
-    ValueError."""
+    """The whole setting of some samples as JSON values, with the recipe's where none is given."""
     config, recipe, image = checkpoint["config"], checkpoint["config"]["sampling"], cfg.domain == "image"
     names, solver, options = config["class_names"], solver or recipe["solver"], dict(options)
     if guidance not in (None, 1) and not (names or tokens):
@@ -248,17 +246,15 @@ def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=No
     return json.loads(json.dumps(dict(
         ckpt_sha256=checkpoint["sha256"], step=checkpoint["step"], weights=checkpoint["weights"],
         dataset=config["settings"].get("dataset"), category=config["settings"].get("category"), size=size,
-        crop=crop, shape=(y1 - y0, x1 - x0), seed=seed,
-        classes=parse_classes(classes, names),
-        tokens=tokens, guidance=guidance, solver=solver, options={k: known[k] for k in takes} | options,
+        crop=crop, shape=(y1 - y0, x1 - x0), seed=seed, classes=parse_classes(classes, names), tokens=tokens,
+        guidance=guidance, solver=solver, options={k: known[k] for k in takes} | options,
         dtype=dtype)))
 
 
 def sample(model, checkpoint, n=16, out=None, batch=None, chunk=None, npz=False, **wishes):
-    """Writes n samples of a loaded checkpoint (see `load`), or this process's share, and returns their
-    directory. wishes: arguments of `resolve`: size and crop as size and part of `generate`, classes by name
-    or index and taken in turn, tokens a path for `read_tokens`. Samples of the same setting that exist
-    already are skipped."""
+    """Writes n samples of a loaded checkpoint (see `load`), or this process's share; returns their directory.
+    wishes: arguments of `resolve`: size and crop as size and part of `generate`, classes by name or index and
+    taken in turn, tokens a path for `read_tokens`. Samples of the same setting that exist are skipped."""
     image, names, device = model.cfg.domain == "image", checkpoint["config"]["class_names"], model.device
     setting = resolve(model.cfg, checkpoint, **wishes)
     queries, options, classes = math.prod(setting["shape"]), setting["options"], setting["classes"]
@@ -280,16 +276,10 @@ def sample(model, checkpoint, n=16, out=None, batch=None, chunk=None, npz=False,
     print0(f"{n} samples at {tag}, step {setting['step']}, {setting['weights']} weights, {device}, to {out}")
     started, bar = time.time(), progress_bar(len(todo), "sample")
     for mine in (todo[i:i + batch] for i in range(0, len(todo), batch)):
-        label = torch.tensor([rows[i]["label"] for i in mine], device=device) if names else None
         given = torch.stack([tokens[i % len(tokens)] for i in mine]).to(device) if tokens else None
-        with autocast(device, setting["dtype"], "float32"):
-            x, record["nfe"] = generate(
-                model, mine, setting["seed"], setting["size"], setting["crop"], label, given,
-                setting["guidance"], chunk, lambda share: bar.update(len(mine) * share / calls),
-                setting["solver"], **options)
-        if not x.isfinite().all():
-            raise ValueError(f"{record['ckpt']}: its {setting['weights']} weights give non-finite samples")
-        for i, values in zip(mine, x.float().cpu()):
+        x, record["nfe"] = draw(model, setting, mine, tokens=given, chunk=chunk,
+                                progress=lambda share: bar.update(len(mine) * share / calls))
+        for i, values in zip(mine, x):
             write_sample(out / rows[i]["file"], values, setting["shape"], image)
     bar.close()
     wait_for_all()
@@ -299,6 +289,20 @@ def sample(model, checkpoint, n=16, out=None, batch=None, chunk=None, npz=False,
            f"guidance {setting['guidance']:g}")
     wait_for_all()                                              # whoever reads the record next finds it whole
     return out
+
+
+def draw(model, setting, indices, size=None, part=None, **more):
+    """`generate` with a setting of `resolve`, or another size and part: (B, M, 3) on the CPU, and the NFE."""
+    classes, label = setting["classes"], None
+    if classes:
+        label = torch.tensor([classes[i % len(classes)] for i in indices], device=model.device)
+    with autocast(model.device, setting["dtype"], "float32"):
+        x, nfe = generate(model, indices, setting["seed"], size or setting["size"], part or setting["crop"],
+                          label, guidance=setting["guidance"], solver=setting["solver"], **more,
+                          **setting["options"])
+    if not x.isfinite().all():
+        raise ValueError(f"the {setting['weights']} weights of step {setting['step']}: non-finite samples")
+    return x.float().cpu(), nfe
 
 
 def begin(out, record, setting):
@@ -318,8 +322,7 @@ def begin(out, record, setting):
 
 
 def finish(out, record, npz):
-    """grid.png of the first 64, samples.npz (ADM's arr_0, arr_1) if asked for, and the finished
-    samples.json."""
+    """grid.png of the first 64, samples.npz (ADM's) if asked for, and the finished samples.json."""
     rows = record["samples"]
     files = [(out / row["file"]).with_suffix(".png") for row in rows]
     small = [Image.open(file) for file in files[:64]]
@@ -334,8 +337,7 @@ def finish(out, record, npz):
 
 
 def write_sample(path, values, shape, image):
-    """values (M, 3) as an image; or as a point cloud: a preview .png, .ply, and last the .npy of
-    samples.json."""
+    """values (M, 3) as an image; or as a point cloud: a preview .png, .ply, and last .npy."""
     points = values.numpy().astype("<f4")
     pixels = to_pixels(values, *shape) if image else draw_points(points)
     write_png(path.with_suffix(".png"), Image.fromarray(pixels))
@@ -360,8 +362,7 @@ VIEW = np.array([(0.866, 0, 0.5), (0.171, 0.940, -0.296), (-0.470, 0.342, 0.814)
 
 
 def draw_points(points, size=256):
-    """A point cloud (P, 3) in [-1, 1], y up, as uint8 (size, size, 3): small spheres lit from the upper
-    left."""
+    """A point cloud (P, 3) in [-1, 1], y up, as uint8 (size, size, 3): spheres lit from the upper left."""
     S, radius = 2 * size, max(1.5, 1.1 * size / math.sqrt(len(points) + 100))        # drawn at twice the size
     points = np.asarray(points, np.float64) @ VIEW.T
     x, y, z = points[points[:, 2].argsort(kind="stable")].T[..., None]              # (P, 1), the nearest last
@@ -394,8 +395,7 @@ def grid_image(images, columns=None):
 # ---- Checkpoints and files
 
 def checkpoints(run):
-    """The checkpoint files of a run directory, newest first: ckpt.pt, then the ckpt-STEP.pt kept from before
-    it."""
+    """The checkpoint files of a run directory, newest first: ckpt.pt, then the ckpt-STEP.pt before it."""
     return [*Path(run).glob("ckpt.pt"), *sorted(Path(run).glob("ckpt-*[0-9].pt"), reverse=True)]
 
 
@@ -403,9 +403,12 @@ def read_checkpoint(path, mmap=False):
     """A checkpoint of train.py on the CPU, with its `path`; of a run directory the newest whole one."""
     for file in checkpoints(path) if Path(path).is_dir() else [Path(path)]:
         try:
+            written = file.stat().st_mtime_ns
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()                           # torch compares no checksums of its own
             ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            if file.stat().st_mtime_ns != written:                     # a training replaced it meanwhile
+                return read_checkpoint(path, mmap)
             if not damaged and {"model", "ema", "step", "config"} <= {*ckpt}:
                 return dict(ckpt, path=file)
         except FileNotFoundError:
@@ -416,10 +419,12 @@ def read_checkpoint(path, mmap=False):
     raise ValueError(f"{path}: no readable checkpoint; expected a ckpt.pt of train.py, or its run directory")
 
 
-def load(path, weights="ema"):
-    """The model of a checkpoint (evaluation mode, CPU), and the checkpoint. Raises ValueError naming the
-    file."""
-    ckpt = read_checkpoint(path, mmap=True)
+def load(path=None, weights="ema"):
+    """The model of a checkpoint (evaluation mode, CPU; by default the newest run's), and the checkpoint."""
+    runs = sorted(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime)
+    if not path and not runs:
+        raise ValueError("no checkpoint in runs/*/ckpt.pt: train one with `python train.py`, or give --ckpt")
+    ckpt = read_checkpoint(path or runs[-1].parent, mmap=True)
     try:
         model = ASFT(Config(**ckpt["config"]["model"]))
         model.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
@@ -489,8 +494,7 @@ def run_main(main):
 
 
 def start_processes(name="auto", backend=None):
-    """The device of this process; joins the process group of torchrun. LOCAL_RANK picks the device, RANK the
-    work."""
+    """The device of this process, picked by LOCAL_RANK; joins the process group of torchrun."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
@@ -599,10 +603,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    runs = sorted(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime)
-    if not args.ckpt and not runs:
-        raise ValueError("no checkpoint in runs/*/ckpt.pt: train one with `python train.py`, or give --ckpt")
-    model, checkpoint = load(args.ckpt or runs[-1].parent, args.weights)
+    model, checkpoint = load(args.ckpt, args.weights)
     image = model.cfg.domain == "image"
     for name in ("points",) if image else ("res", "crop", "npz"):
         if getattr(args, name):

@@ -13,8 +13,8 @@ import json
 import math
 import os
 import re
-import resource
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -28,7 +28,7 @@ import data
 from model import ASFT, ENCODERS, PATHS, PRESETS, TIMES, cicfm_loss, config, image_coords
 from sample import (RANK, SOLVERS, WORLD, autocast, checkpoints, draw_points, generate, generator, grid_image,
                     natural, positive, print0, progress_bar, read_checkpoint, run_main, start_processes,
-                    to_pixels, write_atomic, write_json)
+                    to_pixels, write_atomic, write_json, write_png)
 
 # ---- Recipes: every value is a default that a flag of the same name overrides ------------------------------
 
@@ -225,8 +225,11 @@ def main(argv=None):
                settings=vars(args))
     records = open_run(out, run, ckpt) if RANK == 0 else []
     micro, left_out = args.batch_size // WORLD // args.accumulate, {} if args.skip_bad else None
-    batches = data.loader(dataset, args.seed, step, args.batch_size, micro, RANK, WORLD,
-                          workers(args, device), pin=device.type == "cuda", skip_bad=left_out)
+    workers = args.workers
+    if workers is None:    # on a CPU a data process takes time from training, and pays where files are read
+        workers = 4 if device.type == "cuda" else int(args.loader in ("folder", "shapenet", "objaverse"))
+    batches = data.loader(dataset, args.seed, step, args.batch_size, micro, RANK, WORLD, workers,
+                          pin=device.type == "cuda", skip_bad=left_out)
     coords = image_coords(cfg.res, device=device) if cfg.domain == "image" else None
     signals, fault, stop, row = [], None, False, []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -277,7 +280,8 @@ def main(argv=None):
                           lr=group["lr"], skipped=int(sum(flags)), left_out=int(bad_items),
                           peak_gb=peak_memory(device),
                           samples_per_s=round((step - logged) * args.batch_size / (time.time() - began), 2))
-            log(out, records, record, args, bar)
+            if RANK == 0:
+                log(out, records, record, args, bar)
             row = (row + flags)[-args.max_bad_steps:]
             if sum(row) == args.max_bad_steps:
                 raise ValueError(f"{len(row)} steps in a row up to {step} were not finite (--max-bad-steps)")
@@ -356,12 +360,6 @@ def start(args, cfg, ckpt, dataset, device):
     return model, ema, optimizer, ckpt["step"]
 
 
-def workers(args, device):
-    """Data processes. On a CPU one takes time from training, and pays only where files are decoded."""
-    automatic = 4 if device.type == "cuda" else int(args.loader in ("folder", "shapenet", "objaverse"))
-    return automatic if args.workers is None else args.workers
-
-
 def make_deterministic():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")        # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
@@ -378,9 +376,12 @@ def cpu_dtype():
 
 
 def peak_memory(device):
-    """Largest memory of this process so far in GB: of the GPU, or resident."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return round((torch.cuda.max_memory_allocated() if device.type == "cuda" else resident) / 1e9, 3)
+    """Largest memory of this process so far in GB: of the GPU, or resident; 0 where Windows does not tell."""
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    if device.type != "cuda" and sys.platform != "win32":
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return round(peak / 1e9, 3)
 
 
 # ---- Run directory ----------------------------------------------------------------------------------------
@@ -401,8 +402,6 @@ def open_run(out, run, ckpt):
 
 def log(out, records, record, args, bar):
     """Adds a record to log.jsonl. `skipped` then counts from the start of the run."""
-    if RANK:
-        return
     bar.set_postfix_str(f"loss {record['loss'] or math.nan:.4f}, {record['samples_per_s']} samples/s, "
                         f"{record['peak_gb']} GB")
     if record["skipped"]:
@@ -462,7 +461,7 @@ def draw_curve(path, records, width=720, height=360):
     for i in range(5):
         pen.text((6, height - 46 - (height - 60) * i / 4), f"{math.exp(low + span * i / 4):.4f}", "black")
         pen.text((48 + (width - 80) * i / 4, height - 24), str(steps[-1] * i // 4), "black")
-    write_atomic(path, lambda f: sheet.save(f, format="PNG"))
+    write_png(path, sheet)
 
 
 def sample_sheet(path, model, ema, args, dataset, device, n=16):
@@ -478,10 +477,10 @@ def sample_sheet(path, model, ema, args, dataset, device, n=16):
             x, _ = generate(net, range(n), args.seed, label=label, tokens=tokens, guidance=args.guidance,
                             steps=min(25, args.sampling_steps))
         for values in x.float().cpu():
-            image = cfg.domain == "image"
-            tiles.append(to_pixels(values, cfg.res, cfg.res) if image else draw_points(values.numpy()))
+            points = cfg.domain == "points"
+            tiles.append(draw_points(values.numpy()) if points else to_pixels(values, cfg.res, cfg.res))
     model.train()
-    write_atomic(path, lambda f: grid_image(tiles, columns=8).save(f, format="PNG"))
+    write_png(path, grid_image(tiles, columns=8))
 
 
 if __name__ == "__main__":

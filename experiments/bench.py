@@ -5,7 +5,6 @@ Each row times two ways of doing the same work in turn and compares their median
 import argparse
 import copy
 import ctypes
-import math
 import os
 import pathlib
 import re

@@ -26,7 +26,6 @@ done again, an interrupted training goes on; what was made of other data, or wit
 results/NAME-SET-STEPS.json and .png there, and the table. `claims.py show FILE.json` prints the table of a result.
 """
 import argparse
-import hashlib
 import json
 import pickle
 import statistics
@@ -53,15 +52,11 @@ from glyph_report import convolutions, fit, patches, planes  # noqa: E402
 from metrics import clouds  # noqa: E402
 from metrics.frechet import frechet_distance  # noqa: E402
 from metrics.precision_recall import precision_recall  # noqa: E402
+from metrics.weights import sha256  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------
 # What is tried. An arm: flags of train.py, and perhaps a change of the code that is no flag of it
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 @contextmanager
 def changed(change):
@@ -171,7 +166,7 @@ class Pictures:
         if missing or self.classes < 2:
             raise ValueError(f"{args.data}: {f'no picture of {missing[0]!r}' if missing else 'one class'} in the four fifths trained on; "
                                   f"expected two classes or more, each with pictures there")
-        keep(self.out / f"{self.stem}-train.json", dict(source=file_sha256(args.data)), f"made of another {Path(args.data).name}")
+        keep(self.out / f"{self.stem}-train.json", dict(source=sha256(args.data)), f"made of another {Path(args.data).name}")
         file = self.out / f"{self.stem}-train.npz"
         if not file.exists():
             sample.write_atomic(file, lambda f: np.savez(f, images=self.train[0], labels=self.train[1]))
@@ -391,7 +386,7 @@ def upscale(task, report, args):
     for path in paths:
         whole = data.Arrays(path)
         known, held_out = task.split(whole)
-        keep(task.out / f"{Path(path).stem}-classifier.json", dict(source=file_sha256(path)), f"made of another {Path(path).name}")
+        keep(task.out / f"{Path(path).stem}-classifier.json", dict(source=sha256(path)), f"made of another {Path(path).name}")
         judge = Judge(task.out / f"{Path(path).stem}-classifier.pt", known, held_out, task.classes, max(4, 16_000 // len(known[0])))
         enlarged = lambda how: np.stack([np.asarray(Image.fromarray(p).resize((whole.res, whole.res), how)) for p in coarse])
         rows = {"drawn": drawn(task, "preset", 0, task.n, size=whole.res)[0], "bilinear": enlarged(Image.Resampling.BILINEAR),
@@ -509,7 +504,7 @@ def sheet(rows, path, side=56):
         pen.text((6, side * y + side // 2 - 6 * len(lines)), "\n".join(lines), fill="black")
         for x, p in enumerate(pictures):
             page.paste(Image.fromarray(p).resize((side - 2, side - 2), Image.Resampling.NEAREST), (200 + side * x, side * y))
-    sample.write_atomic(path, lambda f: page.save(f, format="PNG"))
+    sample.write_png(path, page)
 
 
 def result(path):

@@ -384,7 +384,7 @@ def test_tokens_of_ones_own_image(objects, tmp_path):
         torch.save(net.state_dict(), weights[i])
     run(tokens, objects / "views", tmp_path / "set", "--weights", weights[1], "--size", 28)
     spec = json.loads((tmp_path / "set" / "tokens.json").read_text())
-    assert spec == dict(features="dinov2", size=28, views=2, weights_sha256=pack.file_sha256(weights[1]))
+    assert spec == dict(features="dinov2", size=28, views=2, weights_sha256=pack.sha256(weights[1]))
     torch.save(dict(model={}, ema={}, step=1, config=dict(tokens=spec)), ckpt)
     views = [objects / "views" / "train" / "airplane" / f"000005-{i}.png" for i in (0, 1)]
 

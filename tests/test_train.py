@@ -21,25 +21,13 @@ import model as asft
 import sample
 import train
 from conftest import ROOT, TINY, trained
+from experiments.chaos import log, same
 
 FLAGS = ["--log-every", 1, "--save-every", 2, "--schedule", "constant"]
 
 
 def ckpt(path):
     return torch.load(path / "ckpt.pt" if path.is_dir() else path, weights_only=True)
-
-
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-    """Whether two nested states are equal bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return a == b
 
 
 def same_training(a, b):

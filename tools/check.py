@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Arrays, Folder, Objaverse, ShapeNet, find_files
+from metrics.weights import sha256
 from sample import natural, positive, run_main
-from tools.pack import CORES, file_sha256, in_parallel
+from tools.pack import CORES, in_parallel
 
 
 def datasets(path):
@@ -51,7 +52,7 @@ def check(path, least=None, workers=0):
         wrong[what] += 1
         tqdm.write(f"{what}: {text}")
     if (path / "manifest.json").exists():
-        if json.loads((path / "manifest.json").read_text())["sha256"] != file_sha256(path / "images.npy"):
+        if json.loads((path / "manifest.json").read_text())["sha256"] != sha256(path / "images.npy"):
             say("damaged", f"{path / 'images.npy'}: its SHA-256 is not that of manifest.json; pack it again")
     found = datasets(path)
     items = [(dataset, i) for _, dataset in found for i in range(len(dataset))]

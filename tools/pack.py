@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Folder, reading, start_worker
+from metrics.weights import sha256
 from sample import natural, positive, run_main, write_json
 
 SAVE_EVERY = 4096               # images: 0.8 GB at 256 x 256
@@ -42,11 +43,6 @@ def in_parallel(function, items, workers, unit):
         yield from tqdm(results, total=len(items), unit=unit)
     except RuntimeError as error:
         raise OSError(f"{error}; fewer --workers need less memory") from None
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pack(src, dst, res, labels=True, workers=0):
@@ -94,7 +90,7 @@ def fill(source, path, manifest, workers):
             images.flush()
             manifest["done"] = i + 1
             write_json(path.with_name("manifest.json"), manifest)
-    manifest["sha256"] = file_sha256(path)
+    manifest["sha256"] = sha256(path)
     write_json(path.with_name("manifest.json"), manifest)
 
 

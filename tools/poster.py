@@ -9,14 +9,12 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import struct
 import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,15 +24,10 @@ import sample  # noqa: E402
 BAND = 2 ** 20            # queries of a band; their state and noise are some 100 MB
 
 
-def draw(model, setting, index, box, size):
-    """The pixels in a box (x0, y0, x1, y1) of sample `index`, drawn at a size: uint8 (y1-y0, x1-x0, 3)."""
-    classes, label = setting["classes"], None
-    if classes:
-        label = torch.tensor([classes[index % len(classes)]], device=model.device)
-    with sample.autocast(model.device, setting["dtype"], "float32"):
-        x, _ = sample.generate(model, [index], setting["seed"], size, box, label,
-                               guidance=setting["guidance"], solver=setting["solver"], **setting["options"])
-    return sample.to_pixels(x[0], box[3] - box[1], box[2] - box[0])
+def pixels(model, setting, index, box, size):
+    """The pixels in a box (x0, y0, x1, y1) of sample `index`, drawn at a size, as an image."""
+    x, _ = sample.draw(model, setting, [index], size, box)
+    return Image.fromarray(sample.to_pixels(x[0], box[3] - box[1], box[2] - box[0]))
 
 
 def poster(model, setting, index, path, rows=None):
@@ -48,8 +41,7 @@ def poster(model, setting, index, path, rows=None):
     todo = [i for i in range(sample.RANK, len(bands), sample.WORLD) if not files[i].exists()]
     with sample.progress_bar(len(todo), "band") as bar:
         for i in todo:
-            band = draw(model, setting, index, bands[i], (height, width))
-            sample.write_png(files[i], Image.fromarray(band))
+            sample.write_png(files[i], pixels(model, setting, index, bands[i], (height, width)))
             bar.update()
     sample.wait_for_all()
     if sample.RANK == 0:
@@ -85,7 +77,7 @@ def zoom(model, setting, index, path, at, views=4, finer=4):
     for level in range(views):
         size = H * finer ** level, W * finer ** level
         x0, y0 = corner(at, size, H, W)
-        picture = Image.fromarray(draw(model, setting, index, (x0, y0, x0 + W, y0 + H), size))
+        picture = pixels(model, setting, index, (x0, y0, x0 + W, y0 + H), size)
         if level + 1 < views:
             h, w = H // finer, W // finer
             x, y = corner(at, size, h, w)
@@ -124,10 +116,7 @@ def main(argv=None):
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     args = p.parse_args(argv)
-    runs = sorted(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime)
-    if not args.ckpt and not runs:
-        raise ValueError("no checkpoint in runs/*/ckpt.pt: train one with `python train.py`, or give --ckpt")
-    model, checkpoint = sample.load(args.ckpt or runs[-1].parent)
+    model, checkpoint = sample.load(args.ckpt)
     if model.cfg.domain != "image":
         raise ValueError(f"{checkpoint['path']}: draws point clouds; expected a model of images")
     model.to(sample.start_processes(args.device, "gloo"))

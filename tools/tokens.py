@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import find_files, fit, read_cloud, read_image
 from metrics import dinov2
 from metrics.dinov2 import PATCH
+from metrics.weights import sha256
 from sample import natural, positive, read_checkpoint, run_main, write_atomic, write_json
-from tools.pack import CORES, file_sha256, in_parallel
+from tools.pack import CORES, in_parallel
 from tools.render import EYES, FIELD, camera
 
 
@@ -54,7 +55,7 @@ def features(kind, weights=None, device="cpu"):
         return patches, None
     path = dinov2.find(weights or torch.hub.get_dir())
     net = dinov2.load(path).to(device)
-    return lambda views: net(torch.from_numpy(views).to(device)).float().cpu().numpy(), file_sha256(path)
+    return lambda views: net(torch.from_numpy(views).to(device)).float().cpu().numpy(), sha256(path)
 
 
 def read_views(files, size):
