@@ -239,7 +239,7 @@ def main(argv=None):
     bar, logged, began = progress_bar(args.steps, "step", step), step, time.time()
 
     while True:
-        last = step == args.steps or stop
+        last = step >= args.steps or stop
         if RANK == 0 and step not in (0, saved) and (step % args.save_every == 0 or last):
             saved = attempt(last, save, out, step, saved, model, ema, optimizer, run, args.keep) or saved
             attempt(False, draw_curve, out / "loss.png", records)

@@ -103,6 +103,7 @@ def test_resume_of_a_file_a_directory_and_auto(tmp_path, capsys):
     trained(first, "--resume", "auto", "--steps", 4)
     assert all(same_training(first, tmp_path / other) for other in ("second", "third", "fourth"))
     train.main(["--resume", str(first), "--steps", "5"])                       # no architecture, no --out
+    train.main(["--resume", str(first), "--steps", "2"])                       # it has more: nothing is trained
     assert ckpt(first)["step"] == 5 and ckpt(first)["config"]["settings"]["width"] == 32
 
 
