@@ -53,7 +53,6 @@ EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".webp"
 # No others, whatever a file is called: Pillow gives EPS to a program.
 FORMATS = "JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA"
 
-
 # ---- Reading files -------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -69,7 +68,6 @@ def reading(path, expected):
             found = f"cannot be read ({type(error).__name__}: {found})"
         raise ValueError(" ".join(f"{path}: {found}; expected {expected}".split())) from None
 
-
 def find_files(path, suffixes):
     """All files of these suffixes below path, sorted; links are followed, but not to a directory above."""
     found, here = [], os.path.join(os.path.realpath(path), "")
@@ -81,7 +79,6 @@ def find_files(path, suffixes):
         elif entry.is_dir() and not here.startswith(os.path.join(os.path.realpath(entry.path), "")):
             found += find_files(entry.path, suffixes)
     return sorted(found)
-
 
 @functools.lru_cache(maxsize=4)
 def archive(path):
@@ -108,7 +105,6 @@ def archive(path):
     names = [f"{path}/{name}" for name in names if name != "length" and not name.startswith("__")]
     return names, lambda file: view.get(file[len(path) + 1:].encode("latin-1"))
 
-
 def read_arrays(path):
     """Images, labels and label names in an .npz, or as tools/pack.py wrote them; None for what is missing."""
     if not os.path.isdir(path):
@@ -124,7 +120,6 @@ def read_arrays(path):
     images = np.load(os.path.join(path, "images.npy"), mmap_mode="r", allow_pickle=False)
     return images, np.array(manifest["labels"]), manifest["class_names"]
 
-
 def find_shapes(path, split):
     """{synset: its clouds of a split, as .npy files or arrays}."""
     if path.endswith((".pt", ".pth")):
@@ -139,7 +134,6 @@ def find_shapes(path, split):
     path = inner if os.path.isdir(inner) else path
     folders = {name: os.path.join(path, name, split) for name in os.listdir(path)}
     return {name: find_files(folder, {".npy"}) for name, folder in folders.items() if os.path.isdir(folder)}
-
 
 def read_image(path, read=None):
     """An image as its owner sees it, RGB: upright, first frame, transparency on white, 16 bits scaled to 8.
@@ -168,7 +162,6 @@ def read_image(path, read=None):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
-
 def fit(image, res):
     """Centre crop and resize as ADM does (guided-diffusion, center_crop_arr): uint8 (res,res,3)."""
     (width, height), half = image.size, 32 * min(image.size)
@@ -182,7 +175,6 @@ def fit(image, res):
     left, top = (image.width - res) // 2, (image.height - res) // 2
     return np.array(image.crop((left, top, left + res, top + res)))
 
-
 def read_cloud(path, dtype=np.float32):
     """The points of a .npy or .ply file: floats (n,3), with dtype=None as they are stored."""
     with reading(path, "a .npy or .ply of floats (n,3)"):
@@ -194,7 +186,6 @@ def read_cloud(path, dtype=np.float32):
         if cloud.dtype.kind != "f" or cloud.ndim != 2 or cloud.shape[1] != 3:
             raise ValueError(f"found {cloud.dtype} {cloud.shape}")
         return np.asarray(cloud, dtype)
-
 
 def normalise(points, least=1):
     """(points - centre) / scale with centre and scale of the bounding box: its longest side spans [-1,1].
@@ -209,7 +200,6 @@ def normalise(points, least=1):
     if not 0 < scale < np.inf:         # NaN fails too
         raise ValueError("found points that are not finite, or all the same")
     return ((points - centre) / scale).astype(np.float32), centre, scale
-
 
 # ---- Data sets -----------------------------------------------------------------------------------------
 
@@ -253,7 +243,6 @@ class Folder:
             pixels = pixels[:, ::-1].copy()
         return pixels, int(self.labels[i])
 
-
 class Arrays(Folder):
     """An .npz, in memory, or what tools/pack.py wrote, memory-mapped. Unnamed classes are the labels."""
     needs = ("an .npz of `images` (or arr_0) uint8 (N,H,W) or (N,H,W,3), H = W without --res, perhaps "
@@ -279,7 +268,6 @@ class Arrays(Folder):
 
     def image(self, i):
         return Image.fromarray(self.images[i]).convert("RGB")
-
 
 class ShapeNet:
     """rng picks P of an object's points. Without it they are PointFlow's reference points, the first P of
@@ -321,7 +309,6 @@ class ShapeNet:
             tokens = [np.tile(np.split(tokens[0], 2)[int(u >= 0.25)], (2, 1))]
         return cloud[rng.choice(len(cloud), self.points, replace=False)], self.labels[i], *tokens
 
-
 class Objaverse(ShapeNet):
     """INRFlow's .npz per object, below train/, val/, test/ where there are such. Where tools/tokens.py made
     them, tokens.json describes the tokens (`spec`) and rng picks views: both for half of the items, else one
@@ -350,20 +337,16 @@ class Objaverse(ShapeNet):
                 raise ValueError(f"found `cond_token` {tokens.shape}")
             return cloud, tokens
 
-
 def glyphs(res=32, split="train"):
     import toys
     return toys.Glyphs(res, split)
-
 
 def solids(points=2048, split="train"):
     import toys
     return toys.Solids(points, split)
 
-
 DATASETS = {"glyphs": glyphs, "solids": solids, "folder": Folder, "npz": Arrays, "shapenet": ShapeNet,
             "objaverse": Objaverse}
-
 
 def load(name, path=None, **options):
     """DATASETS[name] with those of the options that it takes; None means its default."""
@@ -376,18 +359,15 @@ def load(name, path=None, **options):
         raise ValueError(f"--dataset {name}: --data is missing; expected {kind.needs}")
     return kind(**{key: given[key] for key in takes if given.get(key) is not None})
 
-
 # ---- The order of a run --------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=2)        # workers read ahead over the end of an epoch
 def permutation(n, seed, epoch):
     return np.random.default_rng((103, seed, epoch)).permutation(n).astype(np.int32)    # toys.py has 101, 102
 
-
 def item_index(n, seed, k):
     """Item at position k of an endless run: each of n once per epoch, in a fresh order every epoch."""
     return int(permutation(n, seed, k // n)[k % n])
-
 
 class Run(torch.utils.data.Dataset):
     """run[positions] -> the tensors of the items there, {item: what is wrong with it} of those left out."""
@@ -411,13 +391,11 @@ class Run(torch.utils.data.Dataset):
         columns = [[*map(torch.as_tensor, column)] for column in zip(*samples)]
         return [torch.stack(column) for column in columns], bad
 
-
 def start_worker(_):
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):     # sent to all processes of a group: the main one saves
         signal.signal(number, signal.SIG_IGN)          # first, then ends its workers
     torch.multiprocessing._prctl_pr_set_pdeathsig(9)   # where it is killed itself, Linux kills them
-
 
 def loader(dataset, seed, step, batch_size, micro, rank=0, world=1, workers=0, pin=False, skip_bad=None):
     """Endless micro-batches (values, labels[, tokens]) from optimizer step `step` on: uint8 (micro,R,R,3) or
@@ -449,12 +427,10 @@ def loader(dataset, seed, step, batch_size, micro, rank=0, world=1, workers=0, p
             raise
         raise ValueError("a data process was killed; fewer --workers need less memory") from None
 
-
 def decode_values(batch, device):
     """A loader's first tensor as the model's values: uint8 (B,R,R,3) -> float32 (B,R*R,3) in [-1,1]."""
     batch = batch.to(device, non_blocking=True)
     return batch.flatten(1, 2).float() / 127.5 - 1 if batch.dtype == torch.uint8 else batch
-
 
 if __name__ == "__main__":
     moved = {name: f"tools/{name}.py" for name in ("pack", "check", "render", "tokens")}

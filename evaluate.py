@@ -51,10 +51,8 @@ def frechet_scores(task, names):
                       f"are rank-deficient, the distance is biased upwards")
     return found
 
-
 def inception_scores(task, names):
     return dict(zip(("is", "is_std"), inception.inception_score(task.rows["fake", "classes"].double())))
-
 
 def pr_scores(task, names):
     feature = feature_of(names[0], task.args)
@@ -62,7 +60,6 @@ def pr_scores(task, names):
     task.protocol["n_real_pr"] = len(real)
     found = precision_recall(real, task.rows["fake", feature], task.args.k, device=task.args.device)
     return dict(zip(("precision", "recall"), found))
-
 
 def pair_scores(task, names):
     """MMD, COV, 1-NNA of Chamfer distances or EMD, and JSD. All processes fill one cache of pairs."""
@@ -81,7 +78,6 @@ def pair_scores(task, names):
     parts = {kind: clouds.scores(ref, smp, kind, **options) for kind in {*kinds.values()}}
     found = {name: parts[kind][name.split("_")[0]] for name, kind in kinds.items()}
     return found | ({"jsd": clouds.jsd(ref, smp)} if "jsd" in names else {})
-
 
 def comparable_clouds(task):
     """Samples and references in one scale, of one P, no more samples than references, as in LION's code."""
@@ -116,13 +112,11 @@ def comparable_clouds(task):
     task.protocol.update(normalisation=scale, n_pairs=[min(len(smp), len(ref)), len(ref)], points=least)
     return smp[:len(ref)], ref
 
-
 def p_fid_score(task, names):
     net, device = pointnet.load(task.paths["pointnet"]).to(task.args.device), task.args.device
     found = [pointnet.features(net, stack(items), device, True) for items in (task.fake, task.real)]
     one, other = (frechet.Moments(x.shape[1]).update(x) for x in found)
     return {"p_fid": frechet.frechet_distance(one.mean, one.cov, other.mean, other.cov)}
-
 
 @torch.no_grad()
 def ulip_score(task, names):
@@ -139,7 +133,6 @@ def ulip_score(task, names):
     images = (clip.preprocess(torch.from_numpy(items.item(i))[None]) for i in range(items.count))
     return {"ulip_i": ulip.ulip_score(points, torch.cat([tower(image.to(device)) for image in images]))}
 
-
 @dataclass
 class Metric:
     domains: str              # image, points, or both
@@ -152,7 +145,6 @@ class Metric:
     published: int = 0        # samples behind published figures
     own: bool = False         # of the features of --features, where that is given
     needs: tuple = ("fake", "real")
-
 
 INCEPTION = ("inception",)
 METRICS = {
@@ -219,7 +211,6 @@ class Set:
     def file_type(self):
         return "+".join(sorted({Path(file).suffix[1:].lower() for file in self.files})) or None
 
-
 def open_set(source, args, flag):
     """The Set of what follows --fake or --real."""
     path, (name, _, split), known = Path(source), source.partition(":"), {**data.DATASETS, **FOLDERS}
@@ -239,12 +230,10 @@ def open_set(source, args, flag):
     files = sorted({os.path.splitext(file)[0]: file for file in files}.values())
     return file_set(path, files, data.read_cloud, args) if files else image_set(path, args)
 
-
 def file_set(path, files, read, args, **more):
     """One item a file."""
     domain = "image" if read is data.read_image else "points"
     return Set(str(path), domain, len(files), lambda i: sized(read(files[i]), args), files, **more)
-
 
 def image_set(path, args):
     """A directory, .zip or lmdb of images, or a packed directory."""
@@ -254,7 +243,6 @@ def image_set(path, args):
         kinds = json.loads((path / "manifest.json").read_text())["file_type"].split("+")
         files = [f"image.{kind}" for kind in kinds]
     return Set(str(path), "image", len(found), lambda i: sized(found.item(i)[0], args), files)
-
 
 def named_set(name, split, args):
     """A data set of data.py; of a directory the sub-directory of the split, where there is one."""
@@ -267,7 +255,6 @@ def named_set(name, split, args):
     return Set(f"{name}:{split or 'all'}", found.domain, count, lambda i: found.item(i)[0],
                getattr(found, "files", ()), scale, (name, key), {"split": split or "all"})
 
-
 def sampled_set(path, args):
     """A directory of sample.py."""
     with data.reading(path / "samples.json", "a complete record of sample.py"):
@@ -279,9 +266,7 @@ def sampled_set(path, args):
     return file_set(path, files, data.read_cloud if scale else data.read_image, args, normalisation=scale,
                     dataset=None if record["crop"] else key, record=record)
 
-
 ENLARGE = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
-
 
 def sized(item, args):
     """A point cloud or image; with --res an image is cropped and resized as in training, after --enlarge."""
@@ -293,7 +278,6 @@ def sized(item, args):
         size = [round(side * res / min(image.size)) for side in image.size]
         image = image.resize(size, ENLARGE[args.enlarge])
     return data.fit(image, res)
-
 
 def array_set(path, array, args, **more):
     """An array in one file: uint8 images (S,H,W[,3]) or floating point clouds (S,P,3)."""
@@ -307,12 +291,10 @@ def array_set(path, array, args, **more):
     return Set(str(path), domain, len(array), lambda i: sized(array[i].astype(kind), args), [path],
                sha256=weights.sha256(path), **more)
 
-
 def npy_set(path, args):
     with data.reading(path, "a plain .npy array"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     return array_set(path, array, args)
-
 
 def npz_set(path, args):
     """ADM's, Point-E's, `images`, and statistics: ADM's, clean-fid's of CLIP, or of `stats`."""
@@ -330,7 +312,6 @@ def npz_set(path, args):
         return array_set(path, array, args, record=record, statistics=statistics)
     return Set(str(path), "image", record=record, statistics=statistics, sha256=weights.sha256(path))
 
-
 def tensor_set(path, args):
     """LION's reference files {ref (S,P,3), mean (S,1,3), std (S,1,1)} and its samples, a tensor (S,P,3)."""
     with data.reading(path, "tensors: (S,P,3), or LION's `ref`, `mean`, `std`"):
@@ -342,9 +323,7 @@ def tensor_set(path, args):
     return array_set(path, array, args, affine=affine, normalisation="global" if affine else None,
                      dataset=("shapenet", category) if category in TABLE4 else None)
 
-
 FILES = {".npz": npz_set, ".npy": npy_set, ".pt": tensor_set, ".pth": tensor_set, ".zip": image_set}
-
 
 def stack(items):
     """All point clouds of a Set: float32 (S,P,3)."""
@@ -365,11 +344,9 @@ def inception_features(args, path):
         return {"pool": pool, "spatial": spatial, "classes": logits.double().softmax(1)}
     return run
 
-
 def clip_features(args, path):
     tower = clip.load(path).to(args.device)
     return lambda batch: {"clip": tower(clip.preprocess(batch).to(args.device))}
-
 
 def own_features(args, path):
     """--features: a function of uint8 (b,3,H,W), or float32 (b,P,3), giving (b,d)."""
@@ -382,15 +359,12 @@ def own_features(args, path):
             function = getattr(importlib.import_module(module), name)
     return lambda batch: {"own": function(batch.permute(0, 3, 1, 2) if batch.dtype == torch.uint8 else batch)}
 
-
 # network -> load(args, path of weights), a function of a batch (b,H,W,3) or (b,P,3) giving {feature: (b,d)}
 STREAMS = {"inception": inception_features, "clip": clip_features, "own": own_features}
 REAL_FOR_PR = 10_000      # rows of real items: as many as ADM's reference files hold for precision and recall
 
-
 def feature_of(name, args):
     return "own" if METRICS[name].own and args.features else METRICS[name].feature
-
 
 @torch.no_grad()
 def extract(task, side, names, runs):
@@ -464,7 +438,6 @@ def choose(args, domain, real, warn):
     own = {"own": [None]} if "own" in {feature_of(name, args) for name in names} else {}
     return names, found, [STREAMS[n](args, path) for n, (path, *_) in (found | own).items() if n in STREAMS]
 
-
 def require(name, args, domain, real, found, given):
     """Raises ValueError where a metric cannot be computed; adds the weights it needs to `found`."""
     row, own = METRICS[name], feature_of(name, args) == "own"
@@ -479,7 +452,6 @@ def require(name, args, domain, real, found, given):
         if network not in found and not spared.get(network):
             found[network] = weights.find(network, given.get(network), args.cache, bool(args.metrics), print0)
 
-
 def is_checkpoint(source):
     path = Path(source or "")
     if path.suffix != ".pt" or not path.is_file():
@@ -488,7 +460,6 @@ def is_checkpoint(source):
         mmap = zipfile.is_zipfile(path)                                # its weights are not read here
         return {"ema", "config"} <= {*torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)}
 
-
 def draw(args, model, checkpoint, count):
     """Samples of a checkpoint, as a Set."""
     size = args.points if model.cfg.domain == "points" else args.res and (args.res, args.res)
@@ -496,7 +467,6 @@ def draw(args, model, checkpoint, count):
                         tokens=args.tokens, guidance=args.guidance, solver=args.solver, dtype=args.dtype,
                         options={"steps": args.steps} if args.steps else {})
     return open_set(str(out), args, "--fake")
-
 
 def evaluate(args):
     """Draws what is to be drawn, computes, prints, writes args.json; returns its content on process 0."""
@@ -535,7 +505,6 @@ def evaluate(args):
     write_json(args.json, result)
     return result
 
-
 def compute(task, names, runs, scores):
     torch.set_float32_matmul_precision("highest")
     streamed = [name for name in names if METRICS[name].feature]
@@ -553,7 +522,6 @@ def compute(task, names, runs, scores):
         if RANK == 0 or score is pair_scores:
             scores.update({name: x for name, x in score(task, mine).items() if name in (*mine, "is_std")})
 
-
 def protocol(args, fake, real, found):
     """How the figures come about: all flags, what sample.py wrote beside the samples, both sets."""
     empty = dict.fromkeys(("ckpt_sha256", "weights", "nfe"))
@@ -569,7 +537,6 @@ def protocol(args, fake, real, found):
         content.update(split=real.record.get("split", args.split), real_protocol=real.record)
     return content
 
-
 def check_pair(fake, real, names, warn):
     """Warns where the protocol makes figures incomparable."""
     few = [name for name in names if fake.count < METRICS[name].published]
@@ -584,7 +551,6 @@ def check_pair(fake, real, names, warn):
     if len(lossy) == 2:
         warn(f"file types differ: {types[0]} samples, {types[1]} references; compression alone moves FID")
 
-
 def print_table(columns):
     """{heading: {metric: figure}}; the first column says which metrics."""
     print(" " * 14, *(f"{heading:>18}" for heading in columns))
@@ -593,10 +559,8 @@ def print_table(columns):
         figures = (f"{column[name]:18.4f}" if name in column else f"{'-':>18}" for column in columns.values())
         print(f"{name} {unit}".ljust(14), *figures)
 
-
 def changed(args, **values):
     return argparse.Namespace(**{**vars(args), **values})
-
 
 def upscale(args):
     """Tab. 9: samples drawn --times finer than trained, against enlargements of the same seeds' samples."""
@@ -617,7 +581,6 @@ def upscale(args):
         print_table({arm: result["metrics"] for arm, result in results.items()} | PAPER["ffhq256", 512])
         write_json(args.json, results)
     return results
-
 
 def stats(args):
     """Reference statistics of a set of images, every one exactly once."""
@@ -683,7 +646,6 @@ def parser():
         flag(f"--{name}", type=kind)
     return p
 
-
 def main(argv=None):
     args = parser().parse_args(argv)
     args.real, out = args.real or args.dataset, Path(args.out if args.command == "stats" else args.json)
@@ -696,7 +658,6 @@ def main(argv=None):
     args.device = sample.start_processes(args.device, "gloo")
     torch.backends.cudnn.allow_tf32 = False                            # TF32 moves FID
     return {"stats": stats, "upscale": upscale, None: evaluate}[args.command](args)
-
 
 if __name__ == "__main__":
     sample.run_main(main)

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
 # ---- Configuration and presets --------------------------------------------------------------------------
 
 @dataclass
@@ -46,7 +45,6 @@ class Config:
     n_classes: int = 0             # 0 = no class conditioning
     token_dim: int = 0             # 0 = no token conditioning
 
-
 POINTS = dict(domain="points", encoder="perceiver", width=512, heads=4, reread=True)
 PRESETS = {
     # Tab. 5, Tab. 6 and App. G of the paper
@@ -62,7 +60,6 @@ PRESETS = {
     "tiny": dict(res=32, width=128, depth=4, heads=4, latents=64, encoder_heads=16),
     "point-tiny": dict(POINTS, points=512, width=128, depth=3, heads=4, latents=64, first_self=1),
 }
-
 
 def config(preset, **changes):
     """The Config of a preset with changes. Raises ValueError in one line where they do not fit together."""
@@ -87,19 +84,16 @@ def config(preset, **changes):
     need(not windows or divides, f"encoder_heads {cfg.encoder_heads}: expected a divisor of {cfg.width}")
     return cfg
 
-
 # ---- Flow matching: the path between data and noise, and the loss ---------------------------------------
 
 def linear_path(t):
     """Rectified flow: xt = (1-t) x0 + t eps."""
     return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
 
-
 def cosine_path(t):
     """Trigonometric path: a = cos(pi t/2), s = sin(pi t/2)."""
     a, s = torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
     return a, s, -math.pi / 2 * s, math.pi / 2 * a
-
 
 def vp_path(t, low=0.1, high=20.0):
     """Variance preserving diffusion (Song et al. 2021), beta linear from `low` to `high`."""
@@ -108,11 +102,9 @@ def vp_path(t, low=0.1, high=20.0):
     da = -0.5 * (t * (high - low) + low) * a
     return a, s, da, -a * da / s
 
-
 PATHS = {"linear": linear_path, "cosine": cosine_path, "vp": vp_path}      # t -> a, s, a', s'  (Eq. 1)
 TIMES = {"uniform": lambda u: u,                                           # uniform u -> t  (Eq. 4)
          "logit-normal": lambda u: torch.special.ndtri(u).sigmoid()}       # Esser et al. 2024
-
 
 def cicfm_loss(model, coords, x0, eps, t, query, path="linear", label=None, tokens=None, drop=None):
     """CICFM loss (Eq. 4): squared error of the velocity at the queries, mean over all, float32.
@@ -124,7 +116,6 @@ def cicfm_loss(model, coords, x0, eps, t, query, path="linear", label=None, toke
     query_coords = None if coords is None else coords[query]                             # (B, M, 2)
     v = model(coords, xt, query_coords, xt.gather(1, pick), t, label, tokens, drop)      # (B, M, 3)
     return F.mse_loss(v.float(), target)
-
 
 # ---- The model ------------------------------------------------------------------------------------------
 
@@ -261,7 +252,6 @@ class ASFT(nn.Module):
             c = c + self.classes(label)                                                  # (B, D)
         return c
 
-
 # ---- Encoders: forward(coords, values) -> latents (b, L, D), context (b, N, D) or None ------------------
 
 class SpatialEncoder(nn.Module):
@@ -281,7 +271,6 @@ class SpatialEncoder(nn.Module):
         x = self.read(x, values, lambda y: self.stem(y) + self.inside)                   # (b, L, D)
         return x + self.centres, None
 
-
 class LinearEncoder(nn.Module):
     """ASFT-linear (App. B): one Linear over the values of a window in place of the attention."""
     def __init__(self, cfg):
@@ -297,7 +286,6 @@ class LinearEncoder(nn.Module):
         values = to_windows(coords, values, self.res, self.side)                         # (L, b, n, 3)
         x = self.latents + self.patch(values.transpose(0, 1).flatten(2))                 # (b, L, D)
         return self.out(x) + self.centres, None
-
 
 class PerceiverEncoder(nn.Module):
     """PerceiverIO (points; on images Tab. 8): learned latents, and a context of embedded pairs."""
@@ -315,7 +303,6 @@ class PerceiverEncoder(nn.Module):
             context = context + fourier(coords, self.freqs)                              # (b, N, D)
         return self.latents.expand(len(values), -1, -1), context                         # (b, L, D) (b, N, D)
 
-
 class HashEncoder(nn.Module):
     """Spatial variant for points (App. A): latents read equal runs of points in Z-order."""
     def __init__(self, cfg):
@@ -331,10 +318,8 @@ class HashEncoder(nn.Module):
         latents = self.read(self.latents, runs, self.embedding)                          # (b, L, D)
         return latents + self.embedding(runs.mean(2)).transpose(0, 1), None
 
-
 ENCODERS = {"image": {"spatial": SpatialEncoder, "linear": LinearEncoder, "perceiver": PerceiverEncoder},
             "points": {"perceiver": PerceiverEncoder, "hash": HashEncoder}}
-
 
 def to_windows(coords, values, res, side):
     """Sorts the pairs of a res x res grid, in any order, into its windows: (b, N, 3) -> (L, b, n, 3)."""
@@ -343,7 +328,6 @@ def to_windows(coords, values, res, side):
     slot = ((i // p * side + j // p) * p + i % p) * p + j % p
     grid = torch.zeros_like(values).scatter(1, slot.expand(b, N)[..., None].expand_as(values), values)
     return grid.view(b, side * side, p * p, 3).transpose(0, 1)
-
 
 class WindowAttention(nn.Module):
     """Cross-attention of every latent to the n pairs of its own window, then LayerNorm and an MLP.
@@ -383,7 +367,6 @@ class WindowAttention(nn.Module):
         x = torch.cat([pool(*part, embed) for part in zip(q.split(some), values.split(some))], 1)
         return self.mlp(self.norm(x + self.v.bias))                                      # (b, L, D)
 
-
 # ---- Blocks and embeddings ------------------------------------------------------------------------------
 
 class Attention(nn.Module):
@@ -416,11 +399,9 @@ class Attention(nn.Module):
             x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype))    # (B, H, M, D/H)
         return self.out(x.transpose(1, 2).flatten(2))                                    # (B, M, D)
 
-
 class MLP(nn.Sequential):
     def __init__(self, width, hidden):
         super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
-
 
 class Block(nn.Module):
     """AdaLN-Zero block (DiT): attention, attention to condition tokens if any, MLP. With `reads` keys and
@@ -452,11 +433,9 @@ class Block(nn.Module):
             x = torch.addcmul(x, gate3, self.token_attention(h, *self.token_attention.keys_values(tokens)))
         return torch.addcmul(x, gate2, self.mlp(modulate(x, shift2, scale2)))            # (B, N, D)
 
-
 def modulate(x, shift, scale):
     """Adaptive layer norm: LayerNorm without affine, then scale and shift from the condition."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
-
 
 class Stem(nn.Sequential):
     """Value stem: Linear, LayerNorm, SiLU, in float32 since the values carry the noise.
@@ -475,7 +454,6 @@ class Stem(nn.Sequential):
             y = y * (variance + norm.eps).rsqrt()                                        # (..., 4)
             return activation(F.linear(y, norm.weight[:, None] * W, norm.bias))          # (..., D)
 
-
 class PointEmbedding(nn.Module):
     """A point as coordinate and value at once: Linear of [proj(fourier(y)), proj(y)]."""
     def __init__(self, cfg):
@@ -489,18 +467,15 @@ class PointEmbedding(nn.Module):
         x = torch.cat([self.coord(fourier(values, self.freqs)), self.value(values)], -1)     # (..., 2D)
         return self.out(x)                                                               # (..., D)
 
-
 def time_features(t, width=256):
     """Sinusoidal embedding of 1000 t, periods up to 10,000 (DiT): (B,) -> (B, width), float32."""
     freqs = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
     angle = 1000 * t.float()[:, None] * freqs
     return torch.cat([angle.cos(), angle.sin()], -1)
 
-
 def repeat_to(x, B):
     """Repeats what does not see the condition for the halves of guidance: (b, ...) -> (B, ...)."""
     return x if len(x) == B else x.expand(B // len(x), *x.shape).flatten(0, 1)           # no copy of b = 1
-
 
 # ---- Coordinates ----------------------------------------------------------------------------------------
 
@@ -513,18 +488,15 @@ def image_coords(height, width=None, device=None, box=None):
     x = (torch.arange(x0, x1, device=device, dtype=torch.float32) + 0.5) / width
     return torch.stack([x.expand(len(y), len(x)), y[:, None].expand(len(y), len(x))], -1).reshape(-1, 2)
 
-
 def image_freqs(res, width):
     """Angular frequencies (D/4,). The top one is below the Nyquist limit pi res of the training grid, so that
     nothing is left free between the training pixels."""
     return math.pi * 2 ** torch.linspace(0, math.log2(7 * res / 16), width // 4)
 
-
 def fourier(coords, freqs):
     """sin and cos of every axis at each frequency: (..., axes) -> (..., 2 axes len(freqs))."""
     angle = coords.float()[..., None] * freqs                                            # (..., axes, freqs)
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
-
 
 def morton_code(points, bits=10):
     """Z-order code of points in [-1, 1]^3 on a 2^bits grid (App. A): (..., 3) -> (...) int64."""
@@ -534,7 +506,6 @@ def morton_code(points, bits=10):
         code |= ((cell[..., i % 3] >> i // 3) & 1) << i
     return code
 
-
 def rope_table(cfg):
     """Cosine and sine of axial rotary angles, half of the pairs by column, half by row: (2, L, D/H/2)."""
     side, quarter = math.isqrt(cfg.latents), cfg.width // cfg.heads // 4
@@ -543,19 +514,16 @@ def rope_table(cfg):
     angle = torch.cat([angle.repeat(side, 1), angle.repeat_interleave(side, 0)], -1)     # (L, D/H/2)
     return torch.stack([angle.cos(), angle.sin()])
 
-
 def rotate(x, rope):
     """Turns the channel pairs (i, i + d/2) of x (B, H, L, d) by the angles of their position."""
     cos, sin = rope.to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
-
 # ---- python model.py: the presets in numbers ------------------------------------------------------------
 
 PAPER_MILLIONS = {"S": 35, "B": 138, "L": 458, "XL": 733, "point-B": 108, "point-L": 204}    # Tabs. 5, 6
 DECODED = {"tiny": 256, "point-tiny": 512, "point-B": 2048, "point-L": 2048, "point-objaverse": 16384}
-
 
 def forward_flops(cfg, decoded):
     """Floating-point operations of a training sample's forward pass, on the meta device, and parameters."""
@@ -569,7 +537,6 @@ def forward_flops(cfg, decoded):
         cicfm_loss(model, coords, x0, x0, torch.empty(1), query, tokens=tokens)
     return counter.get_total_flops(), sum(p.numel() for p in model.parameters())
 
-
 def main():
     print(f"{'preset':16}{'decoded':>9}{'parameters':>12}{'paper, M':>10}{'forward GFLOP':>15}")
     for name in PRESETS:
@@ -578,7 +545,6 @@ def main():
         flops, parameters = forward_flops(config(name, n_classes=classes), decoded)
         print(f"{name:16}{decoded:>9}{parameters / 1e6:>11.1f}M{paper:>10}{flops / 1e9:>15.2f}")
     print("Memory and days of a recipe: python tools/plan.py --dataset imagenet256")
-
 
 if __name__ == "__main__":
     main()

@@ -36,14 +36,12 @@ def euler(velocity, x, steps):
         x = x - velocity(x, 1 - i / steps) / steps
     return x
 
-
 def heun(velocity, x, steps):
     h = 1 / steps
     for i in range(steps):
         v = velocity(x, 1 - i * h)
         x = x - h / 2 * (v + velocity(x - h * v, max(0.0, 1 - (i + 1) * h)))
     return x
-
 
 # Dormand & Prince 1980: stages, fifth-order weights (= last row), fifth minus fourth order
 DP_C = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
@@ -52,7 +50,6 @@ DP_A = ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
         (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
         (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84))
 DP_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-
 
 def dopri5(velocity, x, evaluations=100, rtol=1e-3, atol=1e-3, control=None):
     """Adaptive Dormand-Prince 5(4), whose steps the error of the first `control` pairs sets (None: of all).
@@ -82,16 +79,13 @@ def dopri5(velocity, x, evaluations=100, rtol=1e-3, atol=1e-3, control=None):
         print0(f"dopri5: --evaluations {evaluations} forced {forced} steps above the tolerance", sys.stderr)
     return x
 
-
 def sigma(a, s, da, ds):
     """w = 2 s(t): on the linear path 2t."""
     return 2 * s
 
-
 def sbdm(a, s, da, ds):
     """w = 2 (s s' - s^2 a'/a), that of score-based models: on the linear path 2t/(1-t)."""
     return 2 * (s * ds - s * s * da / a.clamp_min(1e-8))
-
 
 def sde(velocity, x, steps, noise, path=linear_path, diffusion=sigma, last=0.004):
     """Euler-Maruyama on the reverse SDE, z = noise(i) at step i: x <- x - h (v - w score / 2) + sqrt(w h) z.
@@ -111,10 +105,8 @@ def sde(velocity, x, steps, noise, path=linear_path, diffusion=sigma, last=0.004
             x = x + math.sqrt(w * h) * noise(i)
     return x
 
-
 SOLVERS = {"euler": euler, "heun": heun, "dopri5": dopri5, "sde": sde}
 DIFFUSIONS = {"sigma": sigma, "sbdm": sbdm}
-
 
 # ---- From a model to samples
 
@@ -152,7 +144,6 @@ class Velocity:
             if self.progress:
                 self.progress(v.shape[1] / x.shape[1])
         return out
-
 
 @torch.no_grad()
 def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=None, guidance=1.0, chunk=None,
@@ -193,16 +184,13 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
         x = x[:, part[0]:part[1]]
     return x, velocity.calls
 
-
 # ---- Noise
 
 RUN, TILE = 4096, 64      # points share a generator in runs, the pixels of an image in square tiles
 
-
 def generator(*key, device="cpu"):
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
-
 
 def gaussian(part, *key):
     """Standard normal (M, 3) of a run of points or a box of pixels; from the CPU, so equal on any device."""
@@ -218,12 +206,10 @@ def gaussian(part, *key):
         rows.append(torch.cat(row, 1))
     return torch.cat(rows)[y0 - top:y1 - top, x0 - left:x1 - left].flatten(0, 1)
 
-
 # ---- Samples as files: 000000.png, or .npy, .ply and a preview .png; samples.json tells the setting
 
 DEFAULTS = dict(evaluations=100, rtol=1e-3, atol=1e-3, diffusion="sigma", last=0.004)      # of solvers
 AT_ONCE = 2 ** 20         # queries of a batch: their state and noise are some 100 MB
-
 
 def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=None, guidance=None,
             solver=None, options=(), dtype="auto"):
@@ -249,7 +235,6 @@ def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=No
         crop=crop, shape=(y1 - y0, x1 - x0), seed=seed, classes=parse_classes(classes, names), tokens=tokens,
         guidance=guidance, solver=solver, options={k: known[k] for k in takes} | options,
         dtype=dtype)))
-
 
 def sample(model, checkpoint, n=16, out=None, batch=None, chunk=None, npz=False, **wishes):
     """Writes n samples of a loaded checkpoint (see `load`), or this process's share; returns their directory.
@@ -290,7 +275,6 @@ def sample(model, checkpoint, n=16, out=None, batch=None, chunk=None, npz=False,
     wait_for_all()                                              # whoever reads the record next finds it whole
     return out
 
-
 def draw(model, setting, indices, size=None, part=None, **more):
     """`generate` with a setting of `resolve`, or another size and part: (B, M, 3) on the CPU, and the NFE."""
     classes, label = setting["classes"], None
@@ -303,7 +287,6 @@ def draw(model, setting, indices, size=None, part=None, **more):
     if not x.isfinite().all():
         raise ValueError(f"the {setting['weights']} weights of step {setting['step']}: non-finite samples")
     return x.float().cpu(), nfe
-
 
 def begin(out, record, setting):
     """Makes the directory and returns the samples missing there, this process's share of them."""
@@ -320,7 +303,6 @@ def begin(out, record, setting):
     share = range(RANK, record["n"], WORLD)
     return [i for i in share if not old or not (out / record["samples"][i]["file"]).exists()]
 
-
 def finish(out, record, npz):
     """grid.png of the first 64, samples.npz (ADM's) if asked for, and the finished samples.json."""
     rows = record["samples"]
@@ -335,7 +317,6 @@ def finish(out, record, npz):
         write_atomic(out / "samples.npz", lambda f: np.savez(f, arr_0=np.stack(images), arr_1=labels))
     write_json(out / "samples.json", record | dict(n=len(rows), complete=True))
 
-
 def write_sample(path, values, shape, image):
     """values (M, 3) as an image; or as a point cloud: a preview .png, .ply, and last .npy."""
     points = values.numpy().astype("<f4")
@@ -347,19 +328,15 @@ def write_sample(path, values, shape, image):
         write_atomic(path.with_suffix(".ply"), lambda f: f.write(header.encode() + points.tobytes()))
         write_atomic(path, lambda f: np.save(f, points))
 
-
 def write_png(path, image):
     write_atomic(path, lambda f: image.save(f, format="PNG"))
-
 
 def to_pixels(values, height, width):
     """One image (height*width, 3) in [-1, 1] as uint8 (height, width, 3)."""
     pixels = ((values.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).reshape(height, width, 3).numpy()
 
-
 VIEW = np.array([(0.866, 0, 0.5), (0.171, 0.940, -0.296), (-0.470, 0.342, 0.814)])  # turned 30, tilted 20
-
 
 def draw_points(points, size=256):
     """A point cloud (P, 3) in [-1, 1], y up, as uint8 (size, size, 3): spheres lit from the upper left."""
@@ -379,7 +356,6 @@ def draw_points(points, size=256):
     image[row[on], column[on]] = (255 * tint * shade[..., None])[on]
     return np.asarray(Image.fromarray(image).reduce(2))
 
-
 def grid_image(images, columns=None):
     """A sheet of equal uint8 images (h, w, 3) in rows on white, small ones enlarged."""
     columns = columns or math.ceil(math.sqrt(len(images)))
@@ -391,13 +367,11 @@ def grid_image(images, columns=None):
         sheet.paste(tile, (i % columns * w, i // columns * h))
     return sheet
 
-
 # ---- Checkpoints and files
 
 def checkpoints(run):
     """The checkpoint files of a run directory, newest first: ckpt.pt, then the ckpt-STEP.pt before it."""
     return [*Path(run).glob("ckpt.pt"), *sorted(Path(run).glob("ckpt-*[0-9].pt"), reverse=True)]
-
 
 def read_checkpoint(path, mmap=False):
     """A checkpoint of train.py on the CPU, with its `path`; of a run directory the newest whole one."""
@@ -418,7 +392,6 @@ def read_checkpoint(path, mmap=False):
         print0(f"warning: {file}: not a whole checkpoint of train.py ({damaged})", sys.stderr)
     raise ValueError(f"{path}: no readable checkpoint; expected a ckpt.pt of train.py, or its run directory")
 
-
 def load(path=None, weights="ema"):
     """The model of a checkpoint (evaluation mode, CPU; by default the newest run's), and the checkpoint."""
     runs = sorted(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime)
@@ -433,7 +406,6 @@ def load(path=None, weights="ema"):
     with open(ckpt["path"], "rb") as f:
         return model.eval(), dict(ckpt, weights=weights, sha256=hashlib.file_digest(f, "sha256").hexdigest())
 
-
 def read_tokens(path, cfg):
     """Condition tokens (T, token_dim), key `cond_token`, of an .npz, or of every .npz below a directory."""
     try:
@@ -445,7 +417,6 @@ def read_tokens(path, cfg):
     except Exception as e:                                             # as above
         found = type(e).__name__
     raise ValueError(f"--tokens {path}: found {found}; expected `cond_token` (T, {cfg.token_dim}), one T")
-
 
 def write_atomic(path, write):
     """write(file) into a temporary file, fsync, rename: a reader finds the old file or the new one, whole."""
@@ -462,20 +433,16 @@ def write_atomic(path, write):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def write_json(path, content):
     write_atomic(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
-
 
 # ---- Processes and devices: valid with and without torchrun
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-
 def print0(text="", file=None):
     if RANK == 0:
         print(text, file=file, flush=True)
-
 
 def run_main(main):
     """Runs a command; what is wrong from outside ends in one line and status 2."""
@@ -491,7 +458,6 @@ def run_main(main):
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
-
 
 def start_processes(name="auto", backend=None):
     """The device of this process, picked by LOCAL_RANK; joins the process group of torchrun."""
@@ -514,25 +480,21 @@ def start_processes(name="auto", backend=None):
         dist.init_process_group(backend or ("nccl" if kind == "cuda" else "gloo"), timeout=patience)
     return torch.device(f"cuda:{index}" if kind == "cuda" else kind)
 
-
 def autocast(device, dtype, auto):
     """The context of a dtype's name; "auto" is bfloat16 where CUDA has it, else `auto`."""
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else auto
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
-
 def wait_for_all():
     if dist.is_initialized():
         dist.barrier()
-
 
 def progress_bar(total, unit, initial=0):
     """A bar of the first process; into a file it writes every 10 s."""
     interval = 0.1 if sys.stderr.isatty() else 10
     return tqdm(total=total, unit=unit, initial=initial, disable=RANK > 0, mininterval=interval,
                 bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]")
-
 
 # ---- Command line
 
@@ -542,15 +504,12 @@ def positive(text, least=1):
         raise ValueError
     return int(text)
 
-
 def natural(text):
     return positive(text, 0)
-
 
 def box(text):
     x0, y0, x1, y1 = (natural(number) for number in text.split(","))
     return x0, y0, x1, y1
-
 
 def parse_size(text, cfg):
     """--res: a side, HEIGHTxWIDTH, or so many times the training resolution, as in 4x."""
@@ -560,7 +519,6 @@ def parse_size(text, cfg):
     height, width = int(found[1]), int(found[3] or found[1])
     return (height * cfg.res, height * cfg.res) if text.endswith("x") else (height, width)
 
-
 def parse_classes(wanted, names):
     """Labels of class names, or of indices where no name is a number; all classes where none is wanted."""
     labels = {name: i for i, name in enumerate(names)}
@@ -569,7 +527,6 @@ def parse_classes(wanted, names):
     for name in set(wanted) - set(labels):
         raise ValueError(f"--class {name}: no such name or index; the {len(names)} classes are {names[:12]}")
     return [labels[name] for name in wanted] or [*range(len(names))]
-
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -600,7 +557,6 @@ def parser():
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
     return p
 
-
 def main(argv=None):
     args = parser().parse_args(argv)
     model, checkpoint = load(args.ckpt, args.weights)
@@ -614,7 +570,6 @@ def main(argv=None):
                   size=parse_size(args.res or "1x", model.cfg) if image else args.points, crop=args.crop,
                   classes=args.classes, tokens=args.tokens, guidance=args.guidance, solver=args.solver,
                   options=options, dtype=args.dtype)
-
 
 if __name__ == "__main__":
     run_main(main)

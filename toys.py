@@ -21,12 +21,10 @@ from PIL import Image, ImageDraw, ImageFont, features
 ITEM, POINTS = 101, 102
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
-
 def split_code(split):
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     return SPLITS[split]
-
 
 class Glyphs:
     """Letters and digits, dark on pale, one per image. `item` -> uint8 (R,R,3), class label i % 36.
@@ -90,7 +88,6 @@ class Glyphs:
         colour = np.array(colour) * (255 * min(1, self.LUMA / (np.array(colour) @ (0.299, 0.587, 0.114))))
         return (paper + ink * (colour - paper) + 0.5).astype(np.uint8)
 
-
 @functools.lru_cache(maxsize=144)       # 36 glyphs at four resolutions
 def drawn_letter(text, factor):
     """One glyph, drawn once at Glyphs.EM and reduced by an integer factor: (L image with the inked box at its
@@ -107,11 +104,9 @@ def drawn_letter(text, factor):
     image = image.transform((wide, high), Image.Transform.AFFINE, shift, Image.Resampling.BILINEAR)
     return image.reduce(factor), Glyphs.EM / factor, width / Glyphs.EM, height / Glyphs.EM
 
-
 def between(bounds, u):
     """The number a share u of the way between two bounds."""
     return bounds[0] + (bounds[1] - bounds[0]) * u
-
 
 # Every shape is a list of triangles, (T,3,3), so that points uniform by area over the whole are one formula.
 # x to the right, y up, z towards the viewer.
@@ -122,12 +117,10 @@ def box(centre, size):
     faces = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
     return np.concatenate([corners[[(a, b, c), (a, c, d)]] for a, b, c, d in faces])
 
-
 def grid(points):
     """Two triangles for every cell of an (m,n,3) sheet of points."""
     a, b, c, d = points[:-1, :-1], points[:-1, 1:], points[1:, 1:], points[1:, :-1]
     return np.concatenate([np.stack(corners, 2).reshape(-1, 3, 3) for corners in ((a, b, c), (a, c, d))])
-
 
 def lathe(profile, centre=(0, 0, 0), sides=48):
     """The (radius, y) profile turned about a vertical axis: discs, cylinders, cones and what joins them."""
@@ -135,13 +128,11 @@ def lathe(profile, centre=(0, 0, 0), sides=48):
     turn = np.linspace(0, 2 * np.pi, sides + 1)
     return grid(np.stack([radius * np.cos(turn), y + 0 * turn, radius * np.sin(turn)], 2)) + centre
 
-
 def torus(centre, ring, tube, start, stop):
     """An arc of a torus in the xy plane, angles in radians from the x axis."""
     along, around = np.linspace(start, stop, 25)[:, None], np.linspace(0, 2 * np.pi, 13)
     out, z = ring + tube * np.cos(around), tube * np.sin(around) + 0 * along
     return grid(np.stack([out * np.cos(along), out * np.sin(along), z], 2)) + centre
-
 
 def wing(root, span, chord, thick, sweep, taper):
     """A box along x from `root`, to the left if span < 0; its tip `sweep` back, its chord cut to `taper`."""
@@ -150,14 +141,12 @@ def wing(root, span, chord, thick, sweep, taper):
     triangles[:, :, 2] = triangles[:, :, 2] * (1 - (1 - taper) * out) + sweep * out
     return triangles * (span, 1, 1) + root
 
-
 def legs(u, half_x, half_z, height, thick):
     """Four legs at (+-half_x, +-half_z), from the floor up; u < 0.5 square, else round and tapered."""
     spots = list(itertools.product((-half_x, half_x), (-half_z, half_z)))
     if u < 0.5:
         return [box((x, height / 2, z), (thick, height, thick)) for x, z in spots]
     return [lathe([(0, 0), (0.3 * thick, 0), (0.6 * thick, height)], (x, 0, z), sides=16) for x, z in spots]
-
 
 def table(u):
     height, thick, half_x = between((0.5, 1.1), u[0]), between((0.03, 0.1), u[1]), between((0.5, 0.9), u[2])
@@ -167,7 +156,6 @@ def table(u):
         return [lathe([(0, 0), (half_z, 0), (half_z, thick), (0, thick)], (0, height, 0)), lathe(foot)]
     return [box((0, height + thick / 2, 0), (2 * half_x, thick, 2 * half_z)),
             *legs(u[6], inset * half_x, inset * half_z, height, leg)]
-
 
 def chair(u):
     seat, half, leg = between((0.42, 0.55), u[0]), between((0.22, 0.30), u[1]), between((0.03, 0.06), u[2])
@@ -187,7 +175,6 @@ def chair(u):
             parts.append(box((x, floor + 0.1, half - leg), (leg, 0.2, leg)))
     return parts
 
-
 def lamp(u):
     foot, pole, shade = between((0.15, 0.28), u[0]), between((0.5, 1.3), u[1]), between((0.2, 0.42), u[2])
     high, rod = between((0.25, 0.45), u[4]), between((0.015, 0.04), u[5])
@@ -195,13 +182,11 @@ def lamp(u):
     return [lathe([(0, 0), (foot, 0), (foot, 0.04), (rod, 0.07), (rod, pole)]),
             lathe([(shade, pole - 0.3 * high), (top, pole + 0.7 * high)])]
 
-
 def mug(u):
     low, high, height = between((0.28, 0.4), u[0]), between((0.34, 0.44), u[1]), between((0.65, 1.0), u[2])
     ring, tube = height * between((0.24, 0.32), u[3]), between((0.035, 0.06), u[4])
     return [lathe([(0, 0), (low, 0), (high, height), (0.88 * high, height), (0.88 * low, 0.06), (0, 0.06)]),
             torus(((low + high) / 2, height / 2, 0), ring, tube, -np.pi / 2, np.pi / 2)]
-
 
 def bottle(u):
     belly, body, neck = between((0.16, 0.3), u[0]), between((0.5, 0.8), u[1]), between((0.2, 0.4), u[2])
@@ -209,7 +194,6 @@ def bottle(u):
     return [lathe([(0, 0), (belly, 0), (belly, body), (throat, body + slope), (throat, body + slope + neck),
                    (1.25 * throat, body + slope + neck), (1.25 * throat, body + slope + neck + 0.05),
                    (0, body + slope + neck + 0.05)])]
-
 
 def airplane(u):
     body, reach, chord = between((0.08, 0.13), u[0]), between((0.7, 1.1), u[1]), between((0.22, 0.4), u[2])
@@ -226,7 +210,6 @@ def airplane(u):
             parts.append(engine + (side * 0.4 * reach, -0.3 * body - 0.06, 0.4 * sweep - 0.25))
     return parts
 
-
 def bookshelf(u):
     half_x, height, deep = between((0.3, 0.6), u[0]), between((1.0, 1.8), u[1]), between((0.22, 0.4), u[2])
     shelves, thick = 3 + int(4 * u[3]), between((0.025, 0.05), u[4])
@@ -236,7 +219,6 @@ def bookshelf(u):
     if u[5] < 0.6:      # a back
         parts.append(box((0, height / 2, -deep / 2), (2 * half_x, height, 0.02)))
     return parts
-
 
 class Solids:
     """Seven shapes of random proportions. `item` -> float32 (P,3) in [-1,1], class label i % 7.
@@ -264,7 +246,6 @@ class Solids:
     def item(self, i, rng=None):
         rng = np.random.default_rng((POINTS, self.split, i)) if rng is None else rng
         return on_surface(self.surface(i), rng.random((self.points, 3))), i % len(self.class_names)
-
 
 def on_surface(triangles, u):
     """Maps u, uniform in [0,1)^3, (P,3), to points uniform by area on triangles (T,3,3): float32 (P,3)."""

@@ -114,7 +114,6 @@ FLAGS = {
 RANGES = dict(ema=(0, 0.9999999), drop=(0, 1), beta2=(0, 0.999999), lr=(1e-12, 1), clip=(1e-6, 1e9),
               guidance=(0, 1e3))
 
-
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, kind, text) in FLAGS.items():
@@ -124,7 +123,6 @@ def parser():
         known = f" (default: {default})" if default else ""
         p.add_argument("--" + name.replace("_", "-"), default=None, help=text + known, **how)
     return p
-
 
 def settings(argv=None):
     """Flags over a resumed run's settings over recipe over defaults; the flags given; the checkpoint."""
@@ -153,7 +151,6 @@ def settings(argv=None):
             raise ValueError(f"--{name} {getattr(args, name)}: expected a number from {low:g} to {high:.10g}")
     return args, given, ckpt
 
-
 # ---- One step ---------------------------------------------------------------------------------------------
 
 def draw(seed, step, places, N, M, drop, device):
@@ -167,7 +164,6 @@ def draw(seed, step, places, N, M, drop, device):
                      torch.randperm(N, generator=g, device=device)[:M]))
     return [torch.stack(column) for column in zip(*rows)]
 
-
 def micro_loss(net, coords, batch, step, places, args, device):
     """CICFM loss of one micro-batch (values, labels, perhaps tokens) at `places` of the global batch."""
     x0 = data.decode_values(batch[0], device)                                            # (B, N, 3)
@@ -176,7 +172,6 @@ def micro_loss(net, coords, batch, step, places, args, device):
     with autocast(device, args.dtype, cpu_dtype()):
         t = TIMES[args.times](u)                                                         # (B,)
         return cicfm_loss(net, coords, x0, eps, t, query, args.path, label, *tokens, drop=drop)
-
 
 def update(model, ema, optimizer, step, args):
     """Clips, steps and averages; returns the gradient norm before clipping, a scalar on the device."""
@@ -188,7 +183,6 @@ def update(model, ema, optimizer, step, args):
     update_ema(ema, model, step, args.ema, optimizer.found_inf)
     return norm
 
-
 @torch.no_grad()
 def update_ema(ema, model, step, decay, skipped=0.0):
     """ema <- d ema + (1-d) model with d = min(decay, (1+s)/(10+s)), d = 1 where the step was skipped."""
@@ -199,11 +193,9 @@ def update_ema(ema, model, step, decay, skipped=0.0):
     for average, buffer in zip(ema.buffers(), model.buffers()):
         average.copy_(buffer)
 
-
 def learning_rate(args, step):
     warmup = min(1.0, (step + 1) / max(1, args.warmup))
     return args.lr * warmup * SCHEDULES[args.schedule](min(1.0, step / args.steps))
-
 
 # ---- The loop ---------------------------------------------------------------------------------------------
 
@@ -295,7 +287,6 @@ def main(argv=None):
     how = "stopped by a signal" if stop else "done"
     print0(f"{how} at step {step}; draw samples with: python sample.py --ckpt {out}")
 
-
 # ---- Set-up -----------------------------------------------------------------------------------------------
 
 def build(args, given):
@@ -312,7 +303,6 @@ def build(args, given):
     return dataset, configure(args, WORLD, n_classes=len(dataset.class_names),
                               token_dim=getattr(dataset, "token_dim", 0), **size)
 
-
 def configure(args, processes, **changes):
     """The model configuration. Raises ValueError where batch or decoded pairs do not fit it."""
     names = ("width", "depth", "heads", "latents", "levels", "encoder", "rope", "encoder_heads", "qk_norm")
@@ -325,7 +315,6 @@ def configure(args, processes, **changes):
         raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {processes} processes x "
                          f"{args.accumulate} micro-batches (--accumulate)")
     return cfg
-
 
 def start(args, cfg, ckpt, dataset, device):
     """Model, averaged model, optimizer and step: new ones, or those of the checkpoint."""
@@ -359,13 +348,11 @@ def start(args, cfg, ckpt, dataset, device):
     print0(f"resumed at step {ckpt['step']}")
     return model, ema, optimizer, ckpt["step"]
 
-
 def make_deterministic():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")        # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_mem_efficient_sdp(False)                # its backward pass adds in any order
-
 
 @functools.cache
 def cpu_dtype():
@@ -374,7 +361,6 @@ def cpu_dtype():
     flags = path.read_text() if path.exists() else ""
     return "bfloat16" if re.search(r" (avx512_bf16|amx_bf16|bf16)\b", flags) else "float32"
 
-
 def peak_memory(device):
     """Largest memory of this process so far in GB: of the GPU, or resident; 0 where Windows does not tell."""
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
@@ -382,7 +368,6 @@ def peak_memory(device):
         import resource
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return round(peak / 1e9, 3)
-
 
 # ---- Run directory ----------------------------------------------------------------------------------------
 
@@ -399,7 +384,6 @@ def open_run(out, run, ckpt):
     write_atomic(path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in records))
     return records
 
-
 def log(out, records, record, args, bar):
     """Adds a record to log.jsonl. `skipped` then counts from the start of the run."""
     bar.set_postfix_str(f"loss {record['loss'] or math.nan:.4f}, {record['samples_per_s']} samples/s, "
@@ -413,11 +397,9 @@ def log(out, records, record, args, bar):
     records.append({key: value for key, value in record.items() if not absent.get(key)})
     attempt(False, append, out / "log.jsonl", json.dumps(records[-1]) + "\n")
 
-
 def append(path, text):
     with open(path, "a") as f:
         f.write(text)
-
 
 def attempt(must, write, *args):
     """write(*args). A disk that is full or gone ends a training only where it must; else it is said."""
@@ -427,7 +409,6 @@ def attempt(must, write, *args):
         if must:
             raise ValueError(f"{e}: the last step is not saved; continue with --resume auto") from None
         print0(f"warning: {e}; the next interval tries again")
-
 
 def save(out, step, saved, model, ema, optimizer, run, keep):
     """ckpt.pt, and the `keep` before it as ckpt-STEP.pt; returns the step. saved: the step of ckpt.pt by now,
@@ -442,7 +423,6 @@ def save(out, step, saved, model, ema, optimizer, run, keep):
     for old in {*earlier} - {*[p for p in earlier if int(p.stem[5:]) < step][:keep]}:
         old.unlink()
     return step
-
 
 def draw_curve(path, records, width=720, height=360):
     """loss.png: the logged losses and their running mean over steps, logarithmic in loss."""
@@ -463,7 +443,6 @@ def draw_curve(path, records, width=720, height=360):
         pen.text((48 + (width - 80) * i / 4, height - 24), str(steps[-1] * i // 4), "black")
     write_png(path, sheet)
 
-
 def sample_sheet(path, model, ema, args, dataset, device, n=16):
     """The same n seeds with EMA weights (upper half) and raw weights (lower half), 25 Euler steps at most:
     all classes in turn, or objects from all over the set."""
@@ -481,7 +460,6 @@ def sample_sheet(path, model, ema, args, dataset, device, n=16):
             tiles.append(draw_points(values.numpy()) if points else to_pixels(values, cfg.res, cfg.res))
     model.train()
     write_png(path, grid_image(tiles, columns=8))
-
 
 if __name__ == "__main__":
     run_main(main)

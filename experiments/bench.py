@@ -1,6 +1,7 @@
 """Speeds as ratios within one run: python experiments/bench.py [step guided decode large data small metrics]
 
-Each row times two ways of doing the same work in turn and compares their medians. Nothing passes or fails here: machines differ.
+Each row times two ways of doing the same work in turn and compares their medians. Nothing passes or fails
+here: machines differ.
 """
 import argparse
 import copy
@@ -35,31 +36,29 @@ from tools import pack  # noqa: E402
 import toys  # noqa: E402
 from metrics import clouds, frechet  # noqa: E402
 
-
 def row(name, ours, theirs, goal, rounds=5, note=""):
-    """Prints the medians of ours() and theirs(), each seconds for the same amount of work, taken in turn, and their ratio; returns
-    the first."""
+    """Prints the medians of ours() and theirs(), each seconds for the same amount of work, taken in turn, and
+    their ratio; returns the first."""
     pairs = [(ours(), theirs()) for _ in range(rounds)]
     a, b = (statistics.median(column) for column in zip(*pairs))
     report(name, a, b, goal, note)
     return a
 
-
 def report(name, a, b, goal, note=""):
     print(f"{name:<52} {a:>9.4f} s {b:>9.4f} s {b / a:>7.2f} x   {goal:<8} {note}", flush=True)
 
-
 def timed(function):
-    """A function that runs another and returns the seconds per unit of the work that it reports having done."""
+    """A function that runs another and returns the seconds per unit of the work that it reports having
+    done."""
     def run():
         started = time.perf_counter()
         units = function()
         return (time.perf_counter() - started) / units
     return run
 
-
 class PlainEncoder(asft.SpatialEncoder):
-    """Keys and values of every pixel, attention with one query per window, LayerNorm after the stem's Linear."""
+    """Keys and values of every pixel, attention with one query per window, LayerNorm after the stem's
+    Linear."""
 
     def forward(self, coords, values):
         read = self.read
@@ -72,10 +71,9 @@ class PlainEncoder(asft.SpatialEncoder):
         x = F.scaled_dot_product_attention(q, split(read.k(x)), split(read.v(x)))        # (BL, H, 1, D/H)
         return read.mlp(read.norm(x.reshape(len(values), len(self.latents), -1))) + self.centres, None
 
-
 class Plain(asft.ASFT):
-    """The same function with nothing saved: a plain encoder, every modulation applied where it stands, both halves of
-    guidance from the pixels on."""
+    """The same function with nothing saved: a plain encoder, every modulation applied where it stands, both
+    halves of guidance from the pixels on."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -90,7 +88,6 @@ class Plain(asft.ASFT):
         shift, scale = self.head_modulation(F.silu(c))[:, None].chunk(2, -1)
         return self.head(asft.modulate(torch.cat([x, value.to(x.dtype)], -1), shift, scale))
 
-
 def glibc(run):
     """A function that runs another with glibc's own handling of freed memory."""
     def default():
@@ -102,7 +99,6 @@ def glibc(run):
         return seconds
     return default
 
-
 def model_pair(name, **changes):
     """A preset with random weights everywhere (no gate at zero), and its plain form with the same ones."""
     torch.manual_seed(0)
@@ -112,7 +108,6 @@ def model_pair(name, **changes):
             torch.nn.init.normal_(p, std=0.02)
     models[1].load_state_dict(models[0].state_dict())
     return models
-
 
 def peak(dtype, n=2048):
     """FLOP/s of this machine's matrix product."""
@@ -124,21 +119,24 @@ def peak(dtype, n=2048):
         times.append(time.perf_counter() - started)
     return 2 * n ** 3 / min(times)
 
-
 def step():
-    """Training step (forward and backward) of image B at 256 x 256, 8,192 decoded, batch 2; seconds per step."""
+    """Training step (forward and backward) of image B at 256 x 256, 8,192 decoded, batch 2; seconds per
+    step."""
     ours, plain = model_pair("B", n_classes=1000)
     N, B, M = 256 ** 2, 2, 8192
-    coords, x0, eps, t = asft.image_coords(256), torch.rand(B, N, 3) * 2 - 1, torch.randn(B, N, 3), torch.rand(B)
+    coords, x0 = asft.image_coords(256), torch.rand(B, N, 3) * 2 - 1
+    eps, t = torch.randn(B, N, 3), torch.rand(B)
     query = torch.stack([torch.randperm(N)[:M] for _ in range(B)])
-    flops = 3 * B * asft.forward_flops(ours.cfg, M)[0]                 # backward: two products for each of forward
+    # backward: two products for each of forward
+    flops = 3 * B * asft.forward_flops(ours.cfg, M)[0]
     for dtype in (torch.float32, torch.bfloat16):
         peaks, losses = [], {}
 
         def once(model):
             def run():
                 with sample.autocast(torch.device("cpu"), str(dtype).removeprefix("torch."), "float32"):
-                    losses[model] = asft.cicfm_loss(model, coords, x0, eps, t, query, label=torch.tensor([1, 2]))
+                    losses[model] = asft.cicfm_loss(model, coords, x0, eps, t, query,
+                                                    label=torch.tensor([1, 2]))
                 losses[model].backward()
                 model.zero_grad()
                 return 1
@@ -156,14 +154,16 @@ def step():
             ">= 1.6" if dtype is torch.float32 else "-", rounds=3)
         assert abs(losses[ours] / losses[plain] - 1) < 1e-2, losses
         share = flops / statistics.median(mine) / statistics.median(peaks)
-        print(f"{'':<52} {flops / 1e9:.0f} GFLOP; {flops / statistics.median(mine) / 1e9:.0f} of the matrix product's "
-              f"{statistics.median(peaks) / 1e9:.0f} GFLOP/s: {share:.2f}   goal {'>= 0.65' if dtype is torch.float32 else '>= 0.45'}")
-
+        print(f"{'':<52} {flops / 1e9:.0f} GFLOP; {flops / statistics.median(mine) / 1e9:.0f} of the matrix "
+              f"product's "
+              f"{statistics.median(peaks) / 1e9:.0f} GFLOP/s: {share:.2f}   goal "
+              f"{'>= 0.65' if dtype is torch.float32 else '>= 0.45'}")
 
 def guided():
     """Guided sampling step of image B at 256 x 256, all pixels, float32; seconds per step."""
     ours, plain = model_pair("B", n_classes=1000)
-    coords, x, label, t = asft.image_coords(256), torch.randn(1, 256 ** 2, 3), torch.tensor([5]), torch.tensor([0.6])
+    coords, x = asft.image_coords(256), torch.randn(1, 256 ** 2, 3)
+    label, t = torch.tensor([5]), torch.tensor([0.6])
     velocity = sample.Velocity(ours, coords, 256 ** 2, label, guidance=1.5)
     got = {}
 
@@ -179,9 +179,9 @@ def guided():
         return 1
     shared()
     row("guided step / two full plain passes", timed(shared), timed(two_passes), ">= 1.25", rounds=3)
-    row("... plain passes with glibc's own memory handling", timed(shared), glibc(timed(two_passes)), "-", rounds=3)
+    row("... plain passes with glibc's own memory handling", timed(shared), glibc(timed(two_passes)), "-",
+        rounds=3)
     assert (got["ours"] - got["plain"]).abs().max() < 1e-3
-
 
 def decode():
     """Decoding with image S, float32; seconds per million queries."""
@@ -202,10 +202,11 @@ def decode():
         ours.decode(memory, coords[:M // 4], x[:, :M // 4])
         return M / 4e6
     unlimited()
-    row("1M queries, 4096 at a time / a quarter in one pass", timed(chunked), timed(unlimited), ">= 0.95", rounds=3)
+    row("1M queries, 4096 at a time / a quarter in one pass", timed(chunked), timed(unlimited), ">= 0.95",
+        rounds=3)
 
-
-# a program that samples and prints its largest resident size in kB; Linux's ru_maxrss would count the parent's, from before exec
+# a program that samples and prints its largest resident size in kB; Linux's ru_maxrss would count the
+# parent's, from before exec
 OWN_PEAK = """
 import re, resource, sys, sample
 sample.main(sys.argv[1:])
@@ -215,36 +216,41 @@ else:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1))
 """
 
-
 def large():
     """sample.py --res 2048 and 4096 with image S, one Euler step, float32, as whole processes."""
     with tempfile.TemporaryDirectory() as place:
         model, _ = model_pair("S")
         weights = model.state_dict()
-        torch.save(dict(model=weights, ema=weights, optimizer={"copies": [weights, weights]}, step=1, config=dict(
+        torch.save(dict(model=weights, ema=weights, optimizer={"copies": [weights, weights]}, step=1,
+                        config=dict(
             model=vars(model.cfg), class_names=[], path="linear", settings={}, normalisation=None,
             sampling=dict(solver="euler", steps=1, guidance=1.0))), f"{place}/ckpt.pt")
         seconds, memory = {}, {}
         for res in (256, 2048, 4096):
-            words = ["--ckpt", f"{place}/ckpt.pt", "--n", "1", "--res", str(res), "--device", "cpu", "--out", f"{place}/{res}"]
-            text = subprocess.run([sys.executable, "-c", OWN_PEAK, *words], cwd=pathlib.Path(sample.__file__).parent, check=True,
+            words = ["--ckpt", f"{place}/ckpt.pt", "--n", "1", "--res", str(res), "--device", "cpu", "--out",
+                     f"{place}/{res}"]
+            text = subprocess.run([sys.executable, "-c", OWN_PEAK, *words],
+                                  cwd=pathlib.Path(sample.__file__).parent, check=True,
                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
             seconds[res] = float(re.search(r"([\d.]+) s, NFE", text)[1])
             memory[res] = int(text.split()[-1]) / 2 ** 20
-            print(f"{f'--res {res}':<52} {seconds[res]:>9.1f} s {memory[res]:>8.2f} GiB peak resident", flush=True)
-        print(f"{'memory at 2048':<52} {memory[2048]:.2f} GiB   goal <= 2.5;   4096 / 2048: {memory[4096] / memory[2048]:.3f}   goal <= 1.1")
+            print(f"{f'--res {res}':<52} {seconds[res]:>9.1f} s {memory[res]:>8.2f} GiB peak resident",
+                  flush=True)
+        print(f"{'memory at 2048':<52} {memory[2048]:.2f} GiB   goal <= 2.5;   4096 / 2048: "
+              f"{memory[4096] / memory[2048]:.3f}   goal <= 1.1")
         print(f"{'time(4096) / time(2048)':<52} {seconds[4096] / seconds[2048]:.2f}   goal <= 4.2")
 
-
 def folder():
-    """Training data at 256 from JPEGs of 500 x 375, as a folder and packed, one worker; seconds per picture."""
+    """Training data at 256 from JPEGs of 500 x 375, as a folder and packed, one worker; seconds per
+    picture."""
     with tempfile.TemporaryDirectory() as place:
         glyphs, noise = toys.Glyphs(500), np.random.default_rng(0)
         files = []
         for i in range(192):
             files.append(f"{place}/{i}.jpg")
             grain = noise.normal(0, 8, (375, 500, 3))
-            Image.fromarray((glyphs.item(i)[0][:375] + grain).clip(0, 255).astype(np.uint8)).save(files[-1], quality=90)
+            Image.fromarray((glyphs.item(i)[0][:375] + grain).clip(0, 255).astype(np.uint8)).save(files[-1],
+                                                                                                  quality=90)
 
         def bare():
             for file in files:
@@ -255,7 +261,8 @@ def folder():
             source = data.loader(data.load("folder", path, res=256, flip=True), 0, 0, 16, 16, workers=1)
 
             def run():
-                for _ in range(8):                                     # what the worker read ahead in the meantime
+                # what the worker read ahead in the meantime
+                for _ in range(8):
                     next(source)
                 started = time.perf_counter()
                 for _ in range(count):
@@ -263,14 +270,17 @@ def folder():
                 return (time.perf_counter() - started) / (count * 16)
             run()
             return run
-        one = row("folder loader, one worker / bare Pillow, one thread", loaded(place, 12), timed(bare), ">= 0.85", rounds=9)
+        one = row("folder loader, one worker / bare Pillow, one thread", loaded(place, 12), timed(bare),
+                  ">= 0.85", rounds=9)
         pack.main([place, f"{place}-packed", "--res", "256"])
-        two = row("packed set, one worker / folder, one worker", loaded(f"{place}-packed", 60), loaded(place, 12), "", rounds=9)
+        two = row("packed set, one worker / folder, one worker", loaded(f"{place}-packed", 60),
+                  loaded(place, 12), "", rounds=9)
         for model in ("B", "XL"):
             rate = 8 * 0.4 * 989e12 / (3 * asft.forward_flops(asft.config(model, n_classes=1000), 8192)[0])
-            print(f"  ImageNet-256, {model} on 8 H100 at 40 % of their peak: {rate:,.0f} pictures/s; cores: folder {rate * one:.1f} "
-                  f"(of {1 / one:,.0f} pictures/s each), packed {rate * two:.2f} ({1 / two:,.0f} each)", flush=True)
-
+            print(f"  ImageNet-256, {model} on 8 H100 at 40 % of their peak: {rate:,.0f} pictures/s; cores: "
+                  f"folder {rate * one:.1f} "
+                  f"(of {1 / one:,.0f} pictures/s each), packed {rate * two:.2f} ({1 / two:,.0f} each)",
+                  flush=True)
 
 def small():
     """Training steps of the quickstart (tiny, batch 16, 256 decoded); seconds per step."""
@@ -308,13 +318,14 @@ def small():
     compiled, _ = trainer(True)
     row("torch.compile / eager", timed(compiled), timed(eager), ">= 1.15", rounds=7)
 
-
 def metrics():
-    """Square-root trace, Chamfer and Earth Mover's distances; seconds per call or per pair of clouds of 2048 points."""
+    """Square-root trace, Chamfer and Earth Mover's distances; seconds per call or per pair of clouds of 2048
+    points."""
     threads = torch.get_num_threads()
     print(f"{'':<52} {'ours':>11} {'theirs':>11} {'ratio':>9}   goal      ({threads} threads)")
     r = np.random.default_rng(0)
-    S1, S2 = (np.cov(r.standard_normal((4096, 2048)) * np.linspace(0.1, 2, 2048), rowvar=False) for _ in range(2))
+    S1, S2 = (np.cov(r.standard_normal((4096, 2048)) * np.linspace(0.1, 2, 2048), rowvar=False)
+              for _ in range(2))
     values = {}
 
     def sqrtm():
@@ -359,15 +370,17 @@ def metrics():
         return run
     chamfer = lambda: clouds.pairwise(ref, smp, "chamfer", progress=False).size
     row("Chamfer / a loop that builds two trees per pair", timed(chamfer), timed(two_trees), ">= 2")
-    row("approximate EMD (lion) / exact assignment", timed(approximate), timed(assignment(threads)), ">= 4", rounds=3)
+    row("approximate EMD (lion) / exact assignment", timed(approximate), timed(assignment(threads)), ">= 4",
+        rounds=3)
     row(f"exact EMD, {threads} threads / 1", timed(exact(threads)), timed(exact(1)), "-", rounds=3)
 
-
-SECTIONS = {"step": step, "guided": guided, "decode": decode, "large": large, "data": folder, "small": small, "metrics": metrics}
+SECTIONS = {"step": step, "guided": guided, "decode": decode, "large": large, "data": folder, "small": small,
+            "metrics": metrics}
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("section", nargs="*", choices=[[], *SECTIONS], help=f"of {', '.join(SECTIONS)} (default: all)")
+    p.add_argument("section", nargs="*", choices=[[], *SECTIONS],
+                   help=f"of {', '.join(SECTIONS)} (default: all)")
     sample.start_processes("cpu")
     for name in p.parse_args().section or SECTIONS:
         print(f"{name}: {SECTIONS[name].__doc__}", flush=True)

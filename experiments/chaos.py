@@ -1,16 +1,16 @@
-"""What a training survives, tried: python experiments/chaos.py kill (or ranks, disk, sampling, elastic, deterministic, long, all)
+"""What a training survives, tried: python experiments/chaos.py kill (or another command of these, or all)
 
-| command       | what is done to it                                                     | what must hold                       |
-|---------------|------------------------------------------------------------------------|--------------------------------------|
-| kill          | SIGKILL at a random moment, every second time in the middle of a save  | weights of the uninterrupted run     |
-| ranks         | SIGKILL of one of two processes under torchrun                         | an error within 60 s, then the same  |
-| disk          | saves that fail: no space once, files cut short for a whole run        | told, retried, nothing lost          |
-| sampling      | checkpoints are read while training replaces them                      | each is one of those written, whole  |
-| elastic       | continued with 2, 3 and 1 processes                                    | the losses of one process throughout |
-| deterministic | nothing, twice                                                         | the same bytes of log.jsonl          |
-| long          | 3,000 steps of the tiny preset with data processes                     | no growth, nothing left behind       |
+| command       | what is done to it                                        | what must hold               |
+|---------------|-----------------------------------------------------------|------------------------------|
+| kill          | SIGKILL at random moments, half of them within a save     | the uninterrupted weights    |
+| ranks         | SIGKILL of one of two processes under torchrun            | an error in 60 s, then that  |
+| disk          | saves that fail: no space once; files cut short for a run | told, retried, nothing lost  |
+| sampling      | checkpoints are read while training replaces them         | each is one of those written |
+| elastic       | continued with 2, 3 and 1 processes                       | the losses of one process    |
+| deterministic | nothing, twice                                            | the same bytes of log.jsonl  |
+| long          | 3,000 steps of the tiny preset with data processes        | no growth, nothing left      |
 
-Each command prints its figures and ends with status 1 if anything did not hold. Linux, since it looks into /proc.
+Each command prints its figures and ends with status 1 if anything did not hold. It needs Linux's /proc.
 """
 import argparse
 import json
@@ -34,24 +34,23 @@ from tqdm import tqdm  # noqa: E402
 
 import sample  # noqa: E402
 
-SMALL = ["--width", 32, "--depth", 2, "--heads", 2, "--latents", 16, "--batch-size", 12, "--decode", 64, "--device", "cpu",
+SMALL = ["--width", 32, "--depth", 2, "--heads", 2, "--latents", 16, "--batch-size", 12, "--decode", 64,
+         "--device", "cpu",
          "--dtype", "float32", "--sampling-steps", 2, "--sample-every", 10 ** 6]
-
 
 def start(out, *flags, processes=None, **options):
     """Starts train.py in a session of its own, what it says into out.txt beside the run directory."""
-    launch = ["-m", "torch.distributed.run", "--nnodes", 1, "--nproc_per_node", processes, "--master_port", free_port()] if processes else []
+    launch = ["-m", "torch.distributed.run", "--nnodes", 1, "--nproc_per_node", processes, "--master_port",
+              free_port()] if processes else []
     words = [sys.executable, *launch, ROOT / "train.py", *SMALL, "--out", out, *flags]
     with open(f"{out}.txt", "ab") as said:
         return subprocess.Popen([*map(str, words)], stdout=said, stderr=said, start_new_session=True,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
-
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
 
 def train(out, *flags, status=0, **options):
     """Trains to the end; returns what was said."""
@@ -60,14 +59,11 @@ def train(out, *flags, status=0, **options):
         sys.exit(f"{out}: status {process.returncode} instead of {status}:\n{said(out)}")
     return said(out)
 
-
 def said(out):
     return pathlib.Path(f"{out}.txt").read_text(errors="replace")
 
-
 def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
 
 def same(a, b):
     """Whether two trees of tensors and plain values are equal bit by bit."""
@@ -77,13 +73,12 @@ def same(a, b):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
-
 def same_run(a, b):
-    """Weights, average, optimizer and position of two runs' checkpoints, and what they logged, but for the timings."""
+    """Weights, average, optimizer and position of two runs' checkpoints, and what they logged, but for the
+    timings."""
     one, two = (sample.read_checkpoint(path) for path in (a, b))
     rows = [[[r[k] for k in ("step", "loss", "grad_norm", "lr")] for r in log(path)] for path in (a, b)]
     return all(same(one[k], two[k]) for k in ("model", "ema", "optimizer", "step")) and rows[0] == rows[1]
-
 
 def children(pid):
     """Processes below one, at any depth."""
@@ -100,7 +95,6 @@ def children(pid):
         found += todo
     return found
 
-
 def until(true, process, seconds=120):
     """Waits for a condition, at most until the process ends; whether it came."""
     end = time.time() + seconds
@@ -112,9 +106,9 @@ def until(true, process, seconds=120):
         time.sleep(0.0005)
     return False
 
-
 def kill(work, runs, rng, steps=300):
-    """SIGKILL at any moment from the start of the process to its end; half of the times once a save has begun."""
+    """SIGKILL at any moment from the start of the process to its end; half of the times once a save has
+    begun."""
     flags = ["--steps", steps, "--save-every", 5, "--log-every", 5]
     began = time.time()
     train(work / "straight", *flags)
@@ -134,10 +128,10 @@ def kill(work, runs, rng, steps=300):
         began_at.append(sample.read_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0)
         train(out, *flags, "--resume", "auto")
         equal += same_run(out, work / "straight") and not list(out.glob("*.tmp"))
-    print(f"kill: {equal} of {runs} runs equal the uninterrupted one bit for bit; {in_write} were killed within a save; "
+    print(f"kill: {equal} of {runs} runs equal the uninterrupted one bit for bit; {in_write} were killed "
+          f"within a save; "
           f"they went on from steps {sorted(began_at)} of {steps}")
     return equal == runs and in_write > 0
-
 
 def ranks(work, runs, rng, steps=300):
     """SIGKILL of one of two processes; the launch must end, and the next one go on."""
@@ -166,10 +160,10 @@ def ranks(work, runs, rng, steps=300):
         left += sum(os.path.exists(f"/proc/{pid}") for pid in family)
         train(out, *flags, "--resume", "auto", processes=2)
         equal += same_run(out, work / "straight")
-    print(f"ranks: {ended} of {runs} launches ended with an error, the slowest {max(times, default=0):.1f} s after the kill, {left} processes "
+    print(f"ranks: {ended} of {runs} launches ended with an error, the slowest {max(times, default=0):.1f} "
+          f"s after the kill, {left} processes "
           f"left; {equal} of {runs} reruns equal the uninterrupted one bit for bit")
     return equal == ended == runs and not left
-
 
 def environment(pid):
     try:
@@ -177,9 +171,9 @@ def environment(pid):
     except OSError:
         return []
 
-
 def disk(work, runs, rng):
-    """Saves that fail. No space: the temporary file is a link to /dev/full. Cut short: a limit on the size of files."""
+    """Saves that fail. No space: the temporary file is a link to /dev/full. Cut short: a limit on the size of
+    files."""
     flags = ["--save-every", 20, "--log-every", 5]
     train(work / "straight", *flags, "--steps", 100)
     out = work / "run"
@@ -190,7 +184,8 @@ def disk(work, runs, rng):
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
     text = train(out, *flags, "--steps", 100, "--resume", "auto", status=2, preexec_fn=limit)
     held = (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.tmp"))
-    told = text.count("next interval tries again") == 2 and "last step is not saved" in text and "Traceback" not in text
+    told = text.count("next interval tries again") == 2 and "last step is not saved" in text
+    told = told and "Traceback" not in text
     print(f"disk: with files cut short, checkpoint of step 40 kept: {held}, three failed saves told: {told}")
 
     full = work / "full"
@@ -199,16 +194,17 @@ def disk(work, runs, rng):
     (full / "next.pt.tmp").symlink_to("/dev/full")
     process.wait()
     text = said(full)
-    retried = process.returncode == 0 and text.count("next interval tries again") == 1 and same_run(full, work / "straight")
+    retried = process.returncode == 0 and text.count("next interval tries again") == 1
+    retried = retried and same_run(full, work / "straight")
     print(f"disk: without space once, told, and saved at the next interval: {retried}")
     return held and told and retried
-
 
 def sampling(work, runs, rng):
     """Reads checkpoints as sample.py does while training replaces them several times a second."""
     flags = ["--steps", 150, "--save-every", 1, "--log-every", 50]
     train(work / "straight", *flags, "--keep", 1000)
-    known = {int(p.stem[5:]): p for p in (work / "straight").glob("ckpt-*.pt")} | {150: work / "straight" / "ckpt.pt"}
+    known = {int(p.stem[5:]): p for p in (work / "straight").glob("ckpt-*.pt")}
+    known[150] = work / "straight" / "ckpt.pt"
     process, read, whole = start(work / "run", *flags), [], 0
     until((work / "run" / "ckpt.pt").exists, process)
     while process.poll() is None or len(read) < runs:
@@ -216,9 +212,9 @@ def sampling(work, runs, rng):
         there = sample.read_checkpoint(known[ckpt["step"]])
         whole += all(same(ckpt[k], there[k]) for k in ("model", "ema", "optimizer"))
         read.append(ckpt["step"])
-    print(f"sampling: {whole} of {len(read)} checkpoints read during training are whole, of {len(set(read))} different steps")
+    print(f"sampling: {whole} of {len(read)} checkpoints read during training are whole, of "
+          f"{len(set(read))} different steps")
     return whole == len(read) and len(set(read)) > 5
-
 
 def elastic(work, runs, rng):
     """The same run on 1 process, and on 1, 2, 3 and 1 in turn."""
@@ -232,10 +228,10 @@ def elastic(work, runs, rng):
     apart = max(abs(a / b - 1) for a, b in zip(*losses))
     steps = [r["step"] for r in log(out)] == [*range(1, 81)]
     change = min(abs(a / b - 1) for a, b in zip(losses[1][40:], losses[1][41:]))
-    print(f"elastic: losses of 80 steps on 1, 2, 3 and 1 processes against 1: at most {apart:.1e} apart relatively (from one step to the "
+    print(f"elastic: losses of 80 steps on 1, 2, 3 and 1 processes against 1: at most {apart:.1e} apart "
+          f"relatively (from one step to the "
           f"next at least {change:.1e}), no step twice or missing: {steps}")
     return apart < 1e-4 and steps
-
 
 def deterministic(work, runs, rng):
     """Two runs with --deterministic."""
@@ -245,13 +241,13 @@ def deterministic(work, runs, rng):
     print(f"deterministic: the {len(one.splitlines())} lines of log.jsonl are the same bytes: {one == two}")
     return one == two and len(one.splitlines()) == 12
 
-
 def long(work, runs, rng, steps=3000):
-    """Resident memory, open files and processes of a long run, at a fifth of its steps, by when all that it does (a save, a sampling)
-    has been done twice, and at its end."""
+    """Resident memory, open files and processes of a long run, at a fifth of its steps, by when all that it
+    does (a save, a sampling) has been done twice, and at its end."""
     out, small = work / "run", SMALL.copy()
     SMALL[:] = ["--device", "cpu"]                      # the recipe as it is: preset tiny, batch 16
-    process = start(out, "--steps", steps, "--workers", 2, "--sample-every", steps // 12, "--save-every", steps // 12)
+    process = start(out, "--steps", steps, "--workers", 2, "--sample-every", steps // 12, "--save-every",
+                    steps // 12)
     SMALL[:] = small
     seen = {}
     with tqdm(total=steps, unit="step") as bar:
@@ -271,13 +267,13 @@ def long(work, runs, rng, steps=3000):
     first, last = (min(seen, key=lambda s: abs(s - at)) for at in (steps // 5, steps - 50))
     growth = seen[last][0] / seen[first][0] - 1
     for step in sorted({min(seen, key=lambda s: abs(s - steps * i // 10)) for i in range(1, 11)} | {last}):
-        print(f"long: step {step}: {seen[step][0]:.1f} MiB resident, {seen[step][1]} open files, {seen[step][2]} processes")
-    print(f"long: resident memory grew by {100 * growth:+.2f} % from step {first} to {last}; status {process.returncode}")
+        print(f"long: step {step}: {seen[step][0]:.1f} MiB resident, {seen[step][1]} open files, "
+              f"{seen[step][2]} processes")
+    print(f"long: resident memory grew by {100 * growth:+.2f} % from step {first} to {last}; status "
+          f"{process.returncode}")
     return growth < 0.01 and seen[first][1:] == seen[last][1:] and process.returncode == 0
 
-
 COMMANDS = {f.__name__: f for f in (kill, ranks, disk, sampling, elastic, deterministic, long)}
-
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -298,7 +294,6 @@ def main(argv=None):
                 print(f"{name}: what was written is kept in {work}")
         print(f"{name}: {'held' if held[name] else 'DID NOT HOLD'} ({time.time() - began:.0f} s)", flush=True)
     return 0 if all(held.values()) else 1
-
 
 if __name__ == "__main__":
     sys.exit(main())

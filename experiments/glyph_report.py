@@ -1,9 +1,9 @@
 """What the quickstart's model has learnt, in numbers: python experiments/glyph_report.py [--ckpt runs/glyphs]
 
-1. legible    share of guided samples that a classifier trained on real glyph renders calls by their class
-2. sharper    samples drawn at 4 x the training resolution against enlargements of the same seeds' 32-pixel samples:
-              Frechet distance to true renders on plain pixels of patches, and edge sharpness beside that of true renders
-3. no grid    energy of the 4 x samples' spectrum at the window frequency and its harmonics, against its neighbours
+1. legible: share of guided samples that a classifier trained on real glyph renders calls by their class
+2. sharper: samples at 4 x the training resolution against enlargements of the same seeds' samples at 32:
+   Frechet distance to true renders of plain patches, and edge sharpness beside that of true renders
+3. no grid: energy of the 4 x samples' spectrum at the window frequency and its harmonics, against neighbours
 
 Samples are indices 0..n-1 of the seed, classes in turn; the true renders are of the test split. Prints JSON.
 """
@@ -25,15 +25,12 @@ from toys import Glyphs                          # noqa: E402
 from metrics.frechet import frechet_distance                          # noqa: E402
 from sample import generate, load, to_pixels     # noqa: E402
 
-
 def renders(res, count, split):
     glyphs = Glyphs(res, split)
     return np.stack([glyphs.item(i)[0] for i in range(count)])        # class of item i is i % 36
 
-
 def planes(pictures):
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
 
 def convolutions():
     """Layers that turn pictures (B, 3, R, R) into 96 maps of an eighth of the side."""
@@ -41,7 +38,6 @@ def convolutions():
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
     return layers
-
 
 def fit(net, x, y, epochs, batch, weight_decay):
     """Trains a classifier on pictures x (n, 3, R, R) and classes y (n,)."""
@@ -55,9 +51,9 @@ def fit(net, x, y, epochs, batch, weight_decay):
         optimizer.zero_grad()
         schedule.step()
 
-
 def train_classifier(per_class=700, epochs=3):
-    """A small convolutional network on real renders of the training split, and its accuracy on the test split."""
+    """A small convolutional network on real renders of the training split, and its accuracy on the test
+    split."""
     torch.manual_seed(1)
     net = nn.Sequential(*convolutions(), nn.Flatten(), nn.Linear(96 * 16, 36))
     x, y = planes(renders(32, 36 * per_class, "train")), torch.arange(36 * per_class) % 36
@@ -67,28 +63,29 @@ def train_classifier(per_class=700, epochs=3):
         right = net(planes(renders(32, 36 * 20, "test"))).argmax(1) == torch.arange(36 * 20) % 36
     return net, right.float().mean().item()
 
-
 def patches(pictures, side=8):
-    """Mean and covariance of the plain pixels of all side x side patches of pictures (n, H, W, 3), a few pictures at a time.
+    """Mean and covariance of the plain pixels of all side x side patches of pictures (n, H, W, 3), a few
+    pictures at a time.
 
-    Patches, because Gaussians of whole pictures need far more than a few hundred of them: with 36 pictures of 49,152
-    numbers each, true renders scored worse than blurred samples."""
+    Patches, because Gaussians of whole pictures need far more than a few hundred of them: with 36 pictures of
+    49,152 numbers each, true renders scored worse than blurred samples."""
     total, square, count = 0, 0, 0
     for i in range(0, len(pictures), 100):
-        x = F.unfold(planes(pictures[i:i + 100]).double(), side, stride=side - 1).transpose(1, 2).flatten(0, 1)    # odd stride: every phase
+        # odd stride: every phase
+        x = F.unfold(planes(pictures[i:i + 100]).double(), side, stride=side - 1).transpose(1, 2).flatten(0,
+                                                                                                          1)
         total, square, count = total + x.sum(0), square + x.T @ x, count + len(x)
     mean = total / count
     return mean.numpy(), ((square - count * torch.outer(mean, mean)) / (count - 1)).numpy()
 
-
 def textures(pictures):
-    """Features for evaluate.py --features, few enough for a hundred pictures: uint8 (B,3,H,W) -> (B,30), per channel the mean,
-    the spread, and the mean size of differences 1, 2, 4 and 8 pixels apart, across and down."""
+    """Features for evaluate.py --features, few enough for a hundred pictures: uint8 (B,3,H,W) -> (B,30), per
+    channel the mean, the spread, and the mean size of differences 1, 2, 4 and 8 pixels apart, across and
+    down."""
     x = pictures.float() / 127.5 - 1
     steps = [(x[..., d:] - x[..., :-d]).abs().mean((2, 3)) for d in (1, 2, 4, 8)]
     steps += [(x[:, :, d:] - x[:, :, :-d]).abs().mean((2, 3)) for d in (1, 2, 4, 8)]
     return torch.cat([x.mean((2, 3)), x.std((2, 3)), *steps], 1)
-
 
 def sharpness(pictures):
     """Mean over pictures of the steepest 2 % of gradients, in contrasts per pixel."""
@@ -99,9 +96,9 @@ def sharpness(pictures):
         out.append(slope[-len(slope) // 50:].mean() / (np.percentile(p, 98) - np.percentile(p, 2) + 1e-9))
     return float(np.mean(out))
 
-
 def grid_energy(pictures, period):
-    """Largest ratio of the row and column spectrum at the window frequency and its harmonics to its neighbours' median."""
+    """Largest ratio of the row and column spectrum at the window frequency and its harmonics to its
+    neighbours' median."""
     p = np.asarray(pictures, np.float64).mean(-1)
     worst = 0.0
     for axis in (1, 2):
@@ -111,7 +108,6 @@ def grid_energy(pictures, period):
             around = np.r_[power[f - 3:f - 1], power[f + 2:f + 4]]
             worst = max(worst, power[f] / np.median(around))
     return float(worst)
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,7 +127,8 @@ def main():
         pictures = []
         for i in range(0, count, 36):
             indices = range(i, min(i + 36, count))
-            x, _ = generate(model, indices, args.seed, (res, res), label=torch.tensor([j % 36 for j in indices]),
+            x, _ = generate(model, indices, args.seed, (res, res),
+                            label=torch.tensor([j % 36 for j in indices]),
                             guidance=guidance, steps=steps)
             pictures += [to_pixels(s, res, res) for s in x]
         return pictures
@@ -143,17 +140,20 @@ def main():
     with torch.no_grad():
         right = classifier(planes(coarse)).argmax(1) == torch.arange(args.n) % 36
     report["legible"] = right.float().mean().item()
-    report["misread"] = "".join(sorted({ckpt["config"]["class_names"][i % 36] for i in np.flatnonzero(~right.numpy())}))
+    report["misread"] = "".join(sorted({ckpt["config"]["class_names"][i % 36]
+                                        for i in np.flatnonzero(~right.numpy())}))
     if args.fine:
         true = renders(128, 36 * 20, "test")
-        enlarge = lambda how: [np.asarray(Image.fromarray(p).resize((128, 128), how)) for p in coarse[:args.fine]]
+        enlarge = lambda how: [np.asarray(Image.fromarray(p).resize((128, 128), how))
+                               for p in coarse[:args.fine]]
         arms = {"drawn at 128": samples(args.fine, 128), "bilinear": enlarge(Image.BILINEAR),
-                "bicubic": enlarge(Image.BICUBIC), "true renders (floor)": list(renders(128, 36 * 40, "train")[-args.fine:])}
-        report["frechet_patches_128"] = {k: frechet_distance(*patches(v), *patches(true)) for k, v in arms.items()}
+                "bicubic": enlarge(Image.BICUBIC),
+                "true renders (floor)": list(renders(128, 36 * 40, "train")[-args.fine:])}
+        report["frechet_patches_128"] = {
+            k: frechet_distance(*patches(v), *patches(true)) for k, v in arms.items()}
         report["sharpness_128"] = {k: sharpness(v) for k, v in arms.items()}
         report["grid_energy_128"] = {k: grid_energy(v, 128 // 8) for k, v in arms.items()}
     print(json.dumps(report, indent=1))
-
 
 if __name__ == "__main__":
     main()

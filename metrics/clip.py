@@ -20,7 +20,6 @@ from PIL import Image
 SIDE = 224
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-
 def preprocess(images):
     """CLIP's transform: the shorter side to 224 by antialiased bicubic, uint8, the centre, (x - MEAN) / STD.
 
@@ -37,11 +36,9 @@ def preprocess(images):
     x = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
-
 def quick_gelu(x):
     """What OpenAI's towers were trained with."""
     return x * torch.sigmoid(1.702 * x)
-
 
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
@@ -58,7 +55,6 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                             # (B, H, T, D/H)
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-
 class Block(nn.Module):
     def __init__(self, width, heads, hidden, activation):
         super().__init__()
@@ -69,7 +65,6 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp.c_proj(self.activation(self.mlp.c_fc(self.ln_2(x))))
-
 
 class VisionTransformer(nn.Module):
     """(B,3,224,224) as preprocess leaves it -> (B,out), not normalised."""
@@ -91,14 +86,12 @@ class VisionTransformer(nn.Module):
         x = self.transformer["resblocks"](x)                                             # (B, T, D)
         return self.ln_post(x[:, 0]) @ self.proj                                         # (B, out)
 
-
 # shape of conv1.weight -> ViT-B/32, and open_clip's ViT-bigG/14 (laion2b_s39b_b160k) with an exact GELU
 TOWERS = {
     (768, 3, 32, 32): {},
     (1664, 3, 14, 14): dict(patch=14, width=1664, depth=48, heads=16, hidden=8192, out=1280,
                             activation=F.gelu),
 }
-
 
 def load(path):
     """The tower of a file, one of TOWERS, in evaluation mode on the CPU, in float32.

@@ -29,13 +29,11 @@ from tqdm import tqdm
 
 VERSION = 1        # of the arithmetic below: part of the key under which distances are cached
 
-
 def check_shape(*sets):
     """Raises ValueError unless each set is (S,P,3): stored as (S,3,P), clouds would give numbers too."""
     for clouds in sets:
         if clouds.ndim != 3 or clouds.shape[2] != 3 or 0 in clouds.shape:
             raise ValueError(f"clouds have the shape {tuple(clouds.shape)}; expected (S,P,3)")
-
 
 def normalise_box(clouds):
     """Each cloud in its own box: midrange to 0, longest side to 1. Source: LION's norm_box.
@@ -49,14 +47,12 @@ def normalise_box(clouds):
         raise ValueError(f"cloud {i}: its points are not finite, or all the same")
     return ((clouds - (low + high) / 2) / side).astype(np.float32)
 
-
 # --- Distances of pairs of clouds
 
 def distances(x, y):
     """Euclidean (B,P,Q), from differences: the Gram form |x|^2 + |y|^2 - 2xy loses digits of near points."""
     check_shape(x, y)
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-
 
 def chamfer(x, y):
     """Mean squared distance to the nearest point of the other cloud, both directions added; no half, no root.
@@ -65,11 +61,9 @@ def chamfer(x, y):
     squared = distances(x, y).square_()                                                # (B, P, Q)
     return squared.amin(2).mean(1) + squared.amin(1).mean(1)
 
-
 # variant -> the sharpness lambda of each level. PVD's kernel is LION's; PointFlow's has no level 0
 POWERS = [4.0 ** k for k in range(7, -2, -1)]
 LEVELS = {"lion": [*POWERS, 0.0], "pointflow": POWERS}
-
 
 def emd_approx(x, y, variant="lion"):
     """Approximate matching, the EMD of tables: "lion" (squared ground cost) or "pointflow" (Euclidean).
@@ -96,7 +90,6 @@ def emd_approx(x, y, variant="lion"):
         total += (a * (K @ b[..., None])[..., 0]).sum(1)
     return total / P
 
-
 def emd_exact(x, y):
     """Mean Euclidean distance under the best one-to-one matching: PointFlow's EMD if its kernel is missing.
 
@@ -108,11 +101,9 @@ def emd_exact(x, y):
     costs = (cdist(p, q) for p, q in zip(x, y))
     return torch.tensor([cost[linear_sum_assignment(cost)].mean() for cost in costs], dtype=torch.float64)
 
-
 DISTANCES = {"chamfer": chamfer, "lion": partial(emd_approx, variant="lion"),
              "pointflow": partial(emd_approx, variant="pointflow"), "exact": emd_exact}
 SYMMETRIC = ("chamfer", "exact")
-
 
 # --- All pairs of two sets
 
@@ -150,14 +141,12 @@ def pairwise(rows, cols, distance, memory=1024, cache=None, device="cpu", worker
         check_matrix(matrix, rows, cols, distance, same)
     return matrix
 
-
 def as_set(clouds, which):
     clouds = np.ascontiguousarray(clouds, np.float32)
     check_shape(clouds)
     for i in np.flatnonzero(~np.isfinite(clouds).all((1, 2))):
         raise ValueError(f"the {which} set: cloud {i} has points that are not finite")
     return clouds
-
 
 def check_matrix(matrix, rows, cols, distance, same):
     """Refuses one value for clouds that differ: the sign of a broken distance, such as a stub of zeros."""
@@ -168,7 +157,6 @@ def check_matrix(matrix, rows, cols, distance, same):
         r, c = ({cloud[np.lexsort(cloud.T)].tobytes() for cloud in s} for s in (rows, cols))
         if off[0] == 0 and len(r | c) > 1 or len(r) > 1 + same or len(c) > 1 + same:
             raise ValueError(f"{distance}: all distances are {off[0]:g} although the clouds differ")
-
 
 def cut(rows, cols, distance, half, memory, device, workers):
     """The blocks (slice of rows, slice of columns) of the work and the number of threads, for the memory."""
@@ -192,7 +180,6 @@ def cut(rows, cols, distance, half, memory, device, workers):
               for j in range(0, len(cols), wide) if not half or j + wide > i]
     return blocks, threads
 
-
 def compute(rows, cols, distance, device, pool):
     """One block of distances: float32 (len(rows), len(cols))."""
     if distance == "chamfer" and torch.device(device).type == "cpu":
@@ -206,7 +193,6 @@ def compute(rows, cols, distance, device, pool):
         found = DISTANCES[distance](x, y)
     return found.float().cpu().numpy().reshape(len(rows), len(cols))
 
-
 def chamfer_block(rows, cols, pool):
     """Chamfer on the CPU: a tree for each cloud, asked at once for all points of the other side.
 
@@ -219,7 +205,6 @@ def chamfer_block(rows, cols, pool):
         return np.stack(list(found))
     there, back = nearest(sets[0], points[1], len(cols)), nearest(sets[1], points[0], len(rows))
     return (there + back.T).astype(np.float32)
-
 
 def open_cache(rows, cols, distance, cache):
     """The matrix to fill, NaN where nothing is done: in memory, or mapped from its file in the cache."""
@@ -242,7 +227,6 @@ def open_cache(rows, cols, distance, cache):
         mine.unlink()
     return np.load(path, mmap_mode="r+", allow_pickle=False)
 
-
 def estimate(jobs, memory=1024, cache=None, device="cpu", workers=None):
     """Seconds that pairwise will take for jobs [(rows, cols, distance), ...], less what the cache holds."""
     seconds, pace = 0.0, {}
@@ -261,7 +245,6 @@ def estimate(jobs, memory=1024, cache=None, device="cpu", workers=None):
         seconds += left * pace.get(distance, 0.0)
     return seconds
 
-
 # --- From distances to scores. Source: PointFlow metrics/evaluation_metrics.py, which LION follows
 
 def mmd_cov(matrix):
@@ -272,7 +255,6 @@ def mmd_cov(matrix):
     matrix = np.asarray(matrix, np.float64)
     covered = len(np.unique(matrix.argmin(0))) / len(matrix)
     return float(matrix.min(1).mean()), covered, float(matrix.min(0).mean())
-
 
 def one_nna(rr, rs, ss):
     """Share of clouds whose nearest other one is of their own set (Lopez-Paz & Oquab 2017); 0.5 is best.
@@ -285,7 +267,6 @@ def one_nna(rr, rs, ss):
     is_ref = np.arange(len(matrix)) < len(rr)
     right = is_ref[matrix.argmin(0)] == is_ref
     return float(right.mean()), float(right[is_ref].mean()), float(right[~is_ref].mean())
-
 
 def jsd(ref, smp, resolution=28):
     """Jensen-Shannon divergence, base 2, of where the points of two sets lie (Achlioptas et al. 2018): 0..1.
@@ -301,7 +282,6 @@ def jsd(ref, smp, resolution=28):
     p, q = (np.bincount(c, minlength=tree.n) / len(c) for c in cells)
     p_bits, q_bits, both = (-(c[c > 0] * np.log2(c[c > 0])).sum() for c in (p, q, (p + q) / 2))
     return float(max(0.0, both - (p_bits + q_bits) / 2))
-
 
 def scores(ref, smp, distance, **options):
     """{"mmd", "cov", "1nna"} of samples (S,P,3) against references (R,P,3), in the scales of tables.

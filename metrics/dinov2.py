@@ -22,7 +22,6 @@ FILE = "dinov2_vitb14_pretrain.pth"     # the one whose width the paper's tokens
 PATCH, HEAD = 14, 64                    # pixels of a patch, channels of a head
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # of ImageNet, in [0,1]
 
-
 class Attention(nn.Module):
     """Multi-head self-attention, queries, keys and values from one projection."""
 
@@ -34,12 +33,10 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)            # (B, H, T, 64)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-
 def MLP(width, hidden):
     """Two layers with an exact GELU between them."""
     layers = dict(fc1=nn.Linear(width, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, width))
     return nn.Sequential(OrderedDict(layers))
-
 
 class SwiGLU(nn.Module):
     """Two halves of one projection, the first through SiLU, multiplied (Shazeer 2020)."""
@@ -51,7 +48,6 @@ class SwiGLU(nn.Module):
     def forward(self, x):
         gate, value = self.w12(x).chunk(2, -1)
         return self.w3(F.silu(gate) * value)
-
 
 class Block(nn.Module):
     """Norms in front, and LayerScale: a learned factor for every channel (Touvron et al. 2021)."""
@@ -65,7 +61,6 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.ls1["gamma"] * self.attn(self.norm1(x))
         return x + self.ls2["gamma"] * self.mlp(self.norm2(x))
-
 
 class DINOv2(nn.Module):
     """uint8 (B,H,W,3), H and W multiples of 14 -> float32 (B, H/14 W/14, D), row by row.
@@ -112,7 +107,6 @@ class DINOv2(nn.Module):
         x = torch.cat(tokens, 1)                                                             # (B, T, D)
         return self.norm(self.blocks(x))[:, 1 + self.registers:]                             # (B, n, D)
 
-
 def find(path):
     """The weight file meant by a path: itself, or the one, or FILE, that it or its checkpoints/ holds."""
     path = Path(path)
@@ -124,7 +118,6 @@ def find(path):
         names = ", ".join(str(file.relative_to(path)) for file in found) or "no such file"
         raise ValueError(f"{path}: found {names}; expected one dinov2_*_pretrain.pth, such as {FILE}")
     return found[0]
-
 
 def load(path):
     """The network of a released file, or of a directory (see find), for evaluation on the CPU in float32.

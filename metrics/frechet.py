@@ -7,7 +7,6 @@ Moments, which gathers mean and covariance; sqrt_trace, the last term; frechet_d
 """
 import torch
 
-
 class Moments:
     """Mean and covariance of features that come in batches; two of them merge into that of both.
 
@@ -56,7 +55,6 @@ class Moments:
             raise ValueError(f"a covariance needs at least 2 items, found {self.n}")
         return self.scatter / (self.n - 1)
 
-
 def sqrt_trace(S1, S2):
     """tr (S1 S2)^{1/2} of two symmetric positive semi-definite matrices (d,d), a float.
 
@@ -73,7 +71,6 @@ def sqrt_trace(S1, S2):
         keep = values > values[-1] * len(S1) * torch.finfo(torch.float64).eps          # others: rounding of 0
         R = values[keep].sqrt()[:, None] * vectors[:, keep].mT
     return torch.linalg.eigvalsh(R @ S2 @ R.mT).clamp_min(0).sqrt().sum().item()
-
 
 def frechet_distance(mu1, S1, mu2, S2):
     """Squared Frechet (2-Wasserstein) distance of N(mu1, S1) and N(mu2, S2), the number that is called FID.

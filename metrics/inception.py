@@ -25,7 +25,6 @@ def planes(images):
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: expected uint8 (B,H,W,3)")
     return images.permute(0, 3, 1, 2).float()
 
-
 def tf1_axis(x, dim, size=299):
     """Bilinear along one axis as TensorFlow 1 samples it: source = i * in/out, without half-pixel shift."""
     n = x.shape[dim]
@@ -35,17 +34,14 @@ def tf1_axis(x, dim, size=299):
     a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp_max(n - 1))
     return a + (b - a) * share
 
-
 def resize_tf1(images):
     """As ADM's evaluator and torch-fidelity: TensorFlow 1's bilinear, then (x - 128) / 128."""
     return (tf1_axis(tf1_axis(planes(images), 2), 3) - 128) / 128
-
 
 def resize_pytorch_fid(images):
     """As pytorch-fid: half-pixel bilinear without antialiasing, then (x - 127.5) / 127.5."""
     x = planes(images) / 255
     return 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
-
 
 def resize_clean(images):
     """As clean-fid: Pillow's antialiased bicubic in float32, clipped to 0..255, then (x - 128) / 128."""
@@ -54,9 +50,7 @@ def resize_clean(images):
     x = torch.from_numpy(x).view(-1, 3, 299, 299).clamp(0, 255)
     return (x.to(images.device) - 128) / 128
 
-
 RESIZES = {"tf1": resize_tf1, "pytorch-fid": resize_pytorch_fid, "clean": resize_clean}
-
 
 # --- The network
 
@@ -71,10 +65,8 @@ class Unit(nn.Module):
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)))
 
-
 AVERAGE = nn.AvgPool2d(3, 1, 1, count_include_pad=False)            # of what lies inside the image
 MAXIMUM, HALVE = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
-
 
 class Mixed(nn.Module):
     """Branches side by side, their outputs joined: rows of units (out, kernel[, stride, padding]).
@@ -101,19 +93,16 @@ class Mixed(nn.Module):
             outputs.append(y)
         return torch.cat(outputs, 1)
 
-
 def mixed_5(channels, pool):
     """35 x 35: Mixed_5b, 5c, 5d."""
     return Mixed(channels, AVERAGE, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
                  branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pool, 1)])
-
 
 def mixed_6(c):
     """17 x 17 with 7 x 7 convolutions in two halves: Mixed_6b to 6e. c: channels between these."""
     wide, high = (1, 7), (7, 1)
     return Mixed(768, AVERAGE, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, wide), (192, high)],
                  branch7x7dbl=[(c, 1), (c, high), (c, wide), (c, high), (192, wide)], branch_pool=[(192, 1)])
-
 
 class Mixed7(nn.Module):
     """8 x 8: Mixed_7b, 7c. `pool` is the mean in 7b and, a quirk of the graph, the maximum in 7c."""
@@ -133,7 +122,6 @@ class Mixed7(nn.Module):
         return torch.cat([self.branch1x1(x), self.branch3x3_2a(y), self.branch3x3_2b(y),
                           self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z),
                           self.branch_pool(self.pool(x))], 1)
-
 
 class InceptionV3(nn.Module):
     """(B,3,299,299) float32, scaled as a resize above leaves it -> (pool, spatial, logits):
@@ -168,7 +156,6 @@ class InceptionV3(nn.Module):
         spatial = spatial.permute(0, 2, 3, 1).flatten(1)                             # (B, 2023)
         return pool, spatial, pool @ self.fc.weight.mT                               # logits (B, 1008)
 
-
 def load(path):
     """InceptionV3 for evaluation, on the CPU, with the weights of the port's file. ValueError names what is
     wrong."""
@@ -181,7 +168,6 @@ def load(path):
         raise ValueError(f"{path}: expected pytorch-fid's Inception; {type(e).__name__}: {found}") from None
     # channels last: twice as fast on a CPU, and what tensor cores want
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
 
 # --- Inception Score
 

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 BATCH = 64                # of Point-E's evaluation; it sets where the sampling of a cloud starts
 
-
 # --- Sampling and grouping
 
 def normalise(points, first=0):
@@ -33,7 +32,6 @@ def normalise(points, first=0):
         raise ValueError(f"cloud {first + int(i)}: its extent is {float(extent[i]):g}; expected 1e-15..1e15")
     points = points - points.mean(-2, keepdim=True)
     return points / points.norm(dim=-1, keepdim=True).amax(-2, keepdim=True)
-
 
 def farthest_points(xyz, count, start=None):
     """Indices (B,count) of points (B,P,3), each the farthest from those before it; the first of equals.
@@ -51,7 +49,6 @@ def farthest_points(xyz, count, start=None):
         last = nearest.argmax(1)
     return chosen
 
-
 def ball_query(xyz, centres, radius, count):
     """Indices (B,G,count) of the first `count` points (B,P,3) within radius of each centre (B,G,3).
 
@@ -64,11 +61,9 @@ def ball_query(xyz, centres, radius, count):
     index = index.topk(count, largest=False, sorted=True).values.long()       # (B, G, count)
     return torch.where(index == P, index[..., :1], index)
 
-
 def gather(x, index):
     """(B,P,C), (B,...) -> (B,...,C)"""
     return x[torch.arange(len(x), device=x.device).view(-1, *[1] * (index.dim() - 1)), index]
-
 
 # --- The network
 
@@ -97,7 +92,6 @@ class SetAbstraction(nn.Module):
             x = F.relu(bn(conv(x)), inplace=True)                             # (B, D, G, n)
         return centres, x.amax(-1).mT                                         # (B, G, D)
 
-
 class PointNet2(nn.Module):
     """Normalised clouds (B,P,3) -> features (B,512), before the ReLU, and log-probabilities (B,40).
 
@@ -123,12 +117,10 @@ class PointNet2(nn.Module):
         features = self.bn2(self.fc2(x))                                      # (B, 512)
         return features, self.fc3(F.relu(features)).log_softmax(-1)           # (B, 40)
 
-
 # Trainers of this family keep NumPy scalars beside the weights, which weights_only refuses unless told
 SCALAR = np.float64(0).__reduce__()[0]
 EXTRAS = [np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
           (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar")]
-
 
 def load(path):
     """PointNet2 for evaluation, on the CPU, with Point-E's weights of a file. ValueError names what is
@@ -143,7 +135,6 @@ def load(path):
         raise ValueError(f"{path}: expected Point-E's pointnet.pt; {type(e).__name__}: {found}") from None
     return net.eval().requires_grad_(False)
 
-
 # --- Features of a set
 
 def run_float32(model, x):
@@ -155,7 +146,6 @@ def run_float32(model, x):
             return model(x)
     finally:
         torch.set_float32_matmul_precision(before)
-
 
 def features(model, clouds, device=None, progress=False):
     """Features (S,512), float32 on the CPU, of clouds (S,P,3), an array or a tensor in any scale, P >= 512.

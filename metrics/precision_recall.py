@@ -7,7 +7,6 @@ distances in float64. In order: squared_distances, radii, share_covered, precisi
 """
 import torch
 
-
 def squared_distances(a, b):
     """(n,d), (m,d) float64 -> (n,m), by the Gram matrix; its rounding, 1e-12 of the squared norms, counts as
     0."""
@@ -15,18 +14,15 @@ def squared_distances(a, b):
     squared = torch.addmm(aa + bb, a, b.mT, alpha=-2)
     return torch.where(squared < 1e-12 * (aa + bb), 0, squared)
 
-
 def radii(x, k, block):
     """Squared distance of each row of (n,d) to its k-th nearest neighbour, itself not counted: (n,)."""
     return torch.cat([squared_distances(rows, x).kthvalue(k + 1, dim=1).values for rows in x.split(block)])
-
 
 def share_covered(x, centres, radius, block):
     """Share of the rows of x that lie in any ball around `centres`."""
     radius = radius * (1 + 1e-12)
     inside = [(squared_distances(rows, centres) <= radius).any(1) for rows in x.split(block)]
     return torch.cat(inside).double().mean().item()
-
 
 def precision_recall(real, fake, k=3, block=1024, device=None):
     """real (N,d), fake (M,d) features, tensors or arrays -> (precision, recall), both in 0..1.

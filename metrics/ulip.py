@@ -26,7 +26,6 @@ from tqdm import tqdm
 GREY = 0.4                # colour of clouds without one. Source: ULIP's loader of ModelNet
 BATCH = 8                 # of `features`: 1.4 GB of memory at 10,000 points
 
-
 # --- Sampling and grouping
 
 def normalise(points, first=0):
@@ -39,7 +38,6 @@ def normalise(points, first=0):
         raise ValueError(f"cloud {first + int(i)}: its extent is {float(extent[i]):g}; expected 1e-15..1e15")
     points = points - points.mean(-2, keepdim=True)
     return points / points.norm(dim=-1, keepdim=True).amax(-2, keepdim=True)
-
 
 def prepare(clouds, channels=6, first=0):
     """Clouds (S,P,3 or 6), xyz and perhaps rgb in 0..1 -> (S,P,channels): xyz normalised, rgb or GREY.
@@ -54,7 +52,6 @@ def prepare(clouds, channels=6, first=0):
     if not 0 <= rgb.min() <= rgb.max() <= 1:
         raise ValueError(f"colours {rgb.min():g}..{rgb.max():g}: expected rgb in 0..1")
     return torch.cat([xyz, rgb], -1)[..., :channels]
-
 
 def farthest_points(xyz, count):
     """Indices (B,count) of points (B,P,3), each the farthest from those before it, from point 0 on.
@@ -72,11 +69,9 @@ def farthest_points(xyz, count):
         last = nearest.argmax(1)
     return chosen
 
-
 def gather(x, index):
     """(B,P,C), (B,...) -> (B,...,C)"""
     return x[torch.arange(len(x), device=x.device).view(-1, *[1] * (index.dim() - 1)), index]
-
 
 # --- The network
 
@@ -96,7 +91,6 @@ class GroupEncoder(nn.Module):
         x = self.second_conv(x.flatten(2)).view(B, -1, G, n)                          # (B, 256, G, n)
         return x.amax(-1).mT                                                          # (B, G, 256)
 
-
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -108,7 +102,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)                                   # (B, heads, 1 + G, d)
         return self.proj(x.transpose(1, 2).flatten(2))                                # (B, 1 + G, D)
 
-
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -119,7 +112,6 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
 
 class PointTransformer(nn.Module):
     """Clouds (B,P,C) -> (B, 2 D): the class token's and the maximum of the group tokens' output."""
@@ -149,7 +141,6 @@ class PointTransformer(nn.Module):
         x = self.norm(x)
         return torch.cat([x[:, 0], x[:, 1:].amax(1)], -1)                             # (B, 2 D)
 
-
 class PointBERT(nn.Module):
     """Clouds (B,P,C) as `prepare` leaves them -> embeddings (B,dim), of any length.
 
@@ -167,12 +158,10 @@ class PointBERT(nn.Module):
             raise ValueError(f"clouds {tuple(points.shape)}: expected (B,P,{self.channels}), P >= 512 points")
         return self.point_encoder(points) @ self.pc_projection
 
-
 # Trainers keep their arguments and NumPy scalars beside the weights; weights_only refuses these unless told
 SCALAR = np.float64(0).__reduce__()[0]
 EXTRAS = [np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")), argparse.Namespace,
           (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar")]
-
 
 def load(path):
     """PointBERT for evaluation, on the CPU, with the weights of ULIP's file or of its state dict alone.
@@ -193,7 +182,6 @@ def load(path):
         raise ValueError(f"{path}: expected ULIP-2's PointBERT; {type(e).__name__}: {found}") from None
     return net.eval().requires_grad_(False)
 
-
 # --- The score
 
 def run_float32(model, x):
@@ -206,7 +194,6 @@ def run_float32(model, x):
     finally:
         torch.set_float32_matmul_precision(before)
 
-
 def features(model, clouds, device=None, progress=False):
     """Embeddings (S,dim), float32 on the CPU, of clouds as `prepare` takes them, P >= 512.
 
@@ -217,7 +204,6 @@ def features(model, clouds, device=None, progress=False):
         x = prepare(clouds[i:i + BATCH], model.channels, first=i).to(device)
         rows.append(run_float32(model, x).float().cpu())
     return torch.cat(rows)
-
 
 def ulip_score(point_features, image_features):
     """Mean cosine similarity of embeddings (S,dim) of clouds and (S,dim) of their images, in float64.

@@ -56,18 +56,15 @@ SCALAR = np.float64(0).__reduce__()[0]
 EXTRAS = [np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")), argparse.Namespace,
           (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar")]
 
-
 def sha256(path):
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
-
 def cache_directory():
     """$ASFT_CACHE, else asft in $XDG_CACHE_HOME, else in ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ASFT_CACHE") or Path(base) / "asft")
-
 
 def find(name, given=None, cache=None, download=False, log=print):
     """(path, SHA-256, published) of the weights of a network of RELEASED.
@@ -85,7 +82,6 @@ def find(name, given=None, cache=None, download=False, log=print):
     if expected and digest != expected and not given:
         raise ValueError(f"{path}: its SHA-256 is {digest}, published {expected}; it is damaged, delete it")
     return path, digest, digest == expected if expected else None
-
 
 def fetch(name, target, download, log):
     """Downloads a released file to target, whole and checked or not at all; ValueError says why not."""
@@ -114,7 +110,6 @@ def fetch(name, target, download, log):
         raise ValueError(f"{wanted}; the download failed ({reason})") from None
     finally:
         partial.unlink(missing_ok=True)
-
 
 def identify(path):
     """The network of RELEASED that a file of weights is for, told by its keys. ValueError names the file."""

@@ -16,7 +16,6 @@ torch.set_num_threads(1)
 TINY = ["--width", "32", "--depth", "2", "--heads", "2", "--latents", "16", "--batch-size", "8",
         "--decode", "64", "--workers", "0", "--device", "cpu", "--sampling-steps", "3", "--dtype", "float32"]
 
-
 def trained(out, *flags):
     """Runs train.py's main in this process with the smallest model; returns the run directory."""
     import train
@@ -28,12 +27,10 @@ def trained(out, *flags):
             signal.signal(number, handler)
     return out
 
-
 @pytest.fixture(scope="session")
 def glyphs_run(tmp_path_factory):
     """Run directory of an image model after 6 steps: 36 classes, 32 x 32."""
     return trained(tmp_path_factory.mktemp("runs") / "glyphs", "--steps", 6)
-
 
 @pytest.fixture(scope="session")
 def solids_run(tmp_path_factory):

@@ -24,7 +24,6 @@ from conftest import ROOT
 
 RNG = np.random.default_rng(0)
 
-
 def refused(*words, call):
     """`call` raises a ValueError of one line that contains every word."""
     with pytest.raises(ValueError) as caught:
@@ -32,13 +31,11 @@ def refused(*words, call):
     text = str(caught.value)
     assert "\n" not in text and all(str(word) in text for word in words), (words, text)
 
-
 class Bomb:
     """Unpickled, it makes a directory in the working directory."""
 
     def __reduce__(self):
         return os.mkdir, ("went_off",)
-
 
 @pytest.fixture(autouse=True)
 def nothing_goes_off(tmp_path, monkeypatch):
@@ -46,16 +43,13 @@ def nothing_goes_off(tmp_path, monkeypatch):
     yield
     assert not (tmp_path / "went_off").exists()
 
-
 def noise(width=20, height=12):
     return Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
 
 def encoded(image, kind, **options):
     file = io.BytesIO()
     image.save(file, format=kind, **options)
     return file.getvalue()
-
 
 def fill(root, *names):
     """Writes an image for each name; returns the root."""
@@ -64,12 +58,10 @@ def fill(root, *names):
         noise().save(root / name, format="PNG")
     return root
 
-
 def items(dataset, seed=None):
     """(class label, bytes) of every item."""
     rngs = [None if seed is None else np.random.default_rng((seed, i)) for i in range(len(dataset))]
     return [(item[1], item[0].tobytes()) for item in map(dataset.item, range(len(dataset)), rngs)]
-
 
 # --- toys
 
@@ -90,7 +82,6 @@ def test_glyphs():
         assert np.abs(fine - ds.render(i)).mean() < 1 and np.abs(fine - ds.render(i)).max() < 20
     refused("split 'dev'", "train, val, test", call=lambda: data.load("glyphs", split="dev"))
 
-
 def test_solids():
     """If an item depended on more than (i, split, rng), or its surface did not fill its box."""
     ds = data.load("solids", points=500)
@@ -105,7 +96,6 @@ def test_solids():
         one, two = (ds.item(i, np.random.default_rng(seed))[0] for seed in (1, 1))
         assert (one != points).any() and (one == two).all()
 
-
 def test_points_are_uniform_by_area():
     """A flat box: its two large faces hold their share of the area, evenly, within 4 standard errors."""
     points = toys.on_surface(toys.box((0, 0, 0), (2, 0.1, 1)), np.random.default_rng(0).random((40000, 3)))
@@ -113,7 +103,6 @@ def test_points_are_uniform_by_area():
     assert abs(wide.mean() - share) < 4 * np.sqrt(share * (1 - share) / 40000)
     counts = np.histogram2d(points[wide, 0], points[wide, 2], bins=4, range=((-1, 1), (-0.5, 0.5)))[0]
     assert np.abs(counts / counts.mean() - 1).max() < 4 / np.sqrt(counts.mean())
-
 
 # --- layouts of image sets
 
@@ -126,7 +115,6 @@ def test_flip_comes_from_rng(tmp_path):
     mirror = [bool((pixels == straight[:, ::-1]).all()) for pixels in seen]
     assert 16 < sum(mirror) < 48 and all(m or (pixels == straight).all() for m, pixels in zip(mirror, seen))
 
-
 LAYOUTS = {                            # files, then the classes and class labels that follow from them
     "classes": (["b/1.JPEG", "a/deep/er/2.png", "c/3.PNG", "c/.hidden.png", ".git/x.png"], "abc", [0, 1, 2]),
     "flat": (["1.png", "2.png"], "", [0, 0]), "one": (["all/1.png", "all/2.png", "3.png"], "", [0, 0, 0]),
@@ -136,7 +124,6 @@ LAYOUTS = {                            # files, then the classes and class label
     "train is a class": (["train/1.png", "bus/2.png"], ["bus", "train"], [0, 1]),
     "Kaggle": (["x/y/train/b/1.png", "x/y/train/a/2.png", "x/y/val/3.png", "x/y/test/4.png"], "ab", [0, 1]),
 }
-
 
 @pytest.mark.parametrize("what", LAYOUTS)
 def test_layouts(tmp_path, what):
@@ -164,7 +151,6 @@ def test_layouts(tmp_path, what):
         batches = [next(data.loader(ds, 0, 0, 4, 4, workers=workers)) for workers in (0, 2)]
         assert all(map(torch.equal, *batches)) and data.archive.cache_info().currsize == 0
 
-
 def test_splits_links_and_refusals_of_folders(tmp_path):
     root = fill(tmp_path / "s", "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png", "val/b/5.png")
     assert len(data.load("folder", root, res=8, split="val")) == len(data.Folder(root / "val", 8)) == 3
@@ -184,13 +170,11 @@ def test_splits_links_and_refusals_of_folders(tmp_path):
     (tmp_path / "x" / "c").symlink_to(root / "val", target_is_directory=True)
     assert data.Folder(tmp_path / "x", 8).labels == [0, 1, 2, 2, 2]
 
-
 # --- arrays
 
 def npz(path, **arrays):
     np.savez(path, **arrays)
     return path
-
 
 def test_npz(tmp_path):
     pixels = RNG.integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
@@ -207,7 +191,6 @@ def test_npz(tmp_path):
     wide = npz(tmp_path / "wide.npz", images=pixels[:, :, :4])
     refused(wide, "6, 4", "--res", call=lambda: data.Arrays(wide))
 
-
 def test_packed_directories_stand_for_their_folder(tmp_path):
     source = data.Folder(fill(tmp_path / "set", "a/1.png", "b/2.png", "b/3.png"), 8)
     images = np.stack([source.item(i)[0] for i in range(3)])
@@ -221,7 +204,6 @@ def test_packed_directories_stand_for_their_folder(tmp_path):
     (tmp_path / "packed" / "manifest.json").write_text(json.dumps(dict(manifest, done=1)))
     refused("packed", "1 of 3 images", "it goes on", call=lambda: data.load("folder", tmp_path / "packed"))
 
-
 # --- point clouds
 
 @pytest.fixture
@@ -234,7 +216,6 @@ def tree(tmp_path):
             with open(root / synset / name, "wb") as file:
                 np.save(file, (RNG.normal(size=(11000, 3)) * (3, 1, 1) + 4).astype(np.float32))
     return root
-
 
 def test_shapenet(tree):
     ds = data.load("shapenet", tree.parent, points=64)
@@ -258,7 +239,6 @@ def test_shapenet(tree):
     refused("split dev", "{train,val,test}", call=lambda: data.ShapeNet(tree, split="dev"))
     refused("nowhere", "<synset>", call=lambda: data.ShapeNet(tree / "nowhere"))
 
-
 def test_shapenet_in_one_file(tree, tmp_path):
     """If the hdf5 form, or LION's reference file, gave other clouds than the tree."""
     h5py = pytest.importorskip("h5py")
@@ -280,7 +260,6 @@ def test_shapenet_in_one_file(tree, tmp_path):
     refused("category car", "chair", call=lambda: data.load("shapenet", path, split="val", category="car"))
     torch.save(Bomb(), path)
     refused(path, "LION", call=lambda: data.ShapeNet(path, 9, "val"))
-
 
 def test_objaverse(tmp_path):
     """If points were not drawn at random, views chosen otherwise than said, or another split read."""
@@ -306,13 +285,11 @@ def test_objaverse(tmp_path):
         npz(root / "train" / "1.npz", **bad)
         refused("1.npz", "`cond_token`", call=lambda: ds.item(1))
 
-
 def test_ply(tmp_path):
     trimesh = pytest.importorskip("trimesh")
     points = RNG.normal(size=(9, 3)).astype(np.float32)[[0, 1, 2, 2, 3]]              # one of them twice
     (tmp_path / "a.PLY").write_bytes(trimesh.PointCloud(points).export(file_type="ply"))
     assert (data.read_cloud(tmp_path / "a.PLY") == points).all()
-
 
 # --- order of a run
 
@@ -331,7 +308,6 @@ class Numbers:
             raise ValueError(f"/some/where/{i}.png: cannot be read")
         return np.array([[[i, rng.integers(256), 0]]], np.uint8), i
 
-
 def stream(count, dataset=Numbers(), **options):
     """(label, bytes) of the items of the first `count` micro-batches."""
     batches, out = data.loader(dataset, **{"seed": 3, "step": 0, **options}), []
@@ -341,7 +317,6 @@ def stream(count, dataset=Numbers(), **options):
         out += [(int(label), value.numpy().tobytes()) for value, label in zip(values, labels)]
     batches.close()
     return out
-
 
 def test_order_of_a_run():
     """If an item came twice in an epoch, or the stream depended on workers, ranks, micro-batches, steps."""
@@ -363,7 +338,6 @@ def test_order_of_a_run():
     for options in (dict(batch_size=8, micro=3), dict(batch_size=8, micro=8, world=2)):
         refused("expected a multiple", call=lambda: stream(1, **options))
 
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_items_are_replaced_by_the_next(workers):
     """If what stands in for a bad item depended on processes or what was read, or was sought for ever."""
@@ -378,7 +352,6 @@ def test_bad_items_are_replaced_by_the_next(workers):
     with pytest.raises(ValueError, match="^24 items in a row cannot be read, the first: /some/where/[^/]*$"):
         stream(1, Numbers(bad=range(24)), skip_bad={}, **options)
 
-
 RUN = """
 import multiprocessing, data
 if __name__ == "__main__":
@@ -389,7 +362,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("stopped")
 """
-
 
 @pytest.mark.parametrize("send,said", [(signal.SIGINT, "stopped\n"), (signal.SIGKILL, "")])
 def test_workers_end_with_their_parent(tmp_path, send, said):
@@ -404,7 +376,6 @@ def test_workers_end_with_their_parent(tmp_path, send, said):
         assert time.time() < ends
         time.sleep(0.05)
 
-
 def test_signals_to_workers():
     """If Ctrl-C ended one, or a killed one were a traceback, or heard in the midst of something else."""
     others = {*multiprocessing.active_children()}
@@ -418,7 +389,6 @@ def test_signals_to_workers():
     os.kill(min(workers), signal.SIGKILL)
     time.sleep(0.3)
     refused("a data process was killed", "--workers", call=lambda: [None for _ in batches])
-
 
 # --- by name, alone, and what moved
 
@@ -435,14 +405,12 @@ def test_load_and_decode(tmp_path, tree):
     assert ((values + 1) * 127.5 - pixels.flatten(1, 2)).abs().max() < 1e-4
     assert (data.decode_values(points, "cpu") == points).all()
 
-
 def test_the_file_works_alone_and_does_nothing_when_imported(tmp_path):
     shutil.copy(ROOT / "data.py", fill(tmp_path / "set", "1.png").parent)
     code = "import data, pickle; d = pickle.loads(pickle.dumps(data.load('folder', 'set', res=8))); d.item(0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
 
 @pytest.mark.parametrize("old,new", [("pack", "tools/pack.py"), ("sample-meshes", "tools/meshes.py"),
                                      ("stats", "evaluate.py stats"), ("", "tools/pack.py or tools/check.py")])

@@ -21,7 +21,6 @@ from model import ASFT, Config
 FEATURES = "def pixels(x):\n    return (x.float()[:, :, ::8, ::8] if x.dim() == 4 else x[:, :9]).flatten(1)\n"
 MINE = ("--features", "mine:pixels")
 
-
 @pytest.fixture(autouse=True)
 def apart(tmp_path, monkeypatch):
     """Every test in an empty folder with a feature function, a cache of its own, and no network."""
@@ -35,30 +34,24 @@ def apart(tmp_path, monkeypatch):
     Path("mine.py").write_text(FEATURES)
     sys.modules.pop("mine", None)
 
-
 def run(*words):
     return evaluate.main([str(word) for word in words])
 
-
 def images(n=12, res=24, seed=0, low=0):
     return np.random.default_rng(seed).integers(low, 256, (n, res, res, 3), dtype=np.uint8)
-
 
 def folder(path, arrays, suffix=".png"):
     Path(path).mkdir(parents=True)
     for i, array in enumerate(arrays):
         Image.fromarray(array).save(f"{path}/{i:03d}{suffix}")
 
-
 def shapes(n=6, P=30, seed=0, scale=(1, 1, 1)):
     return (np.random.default_rng(seed).standard_normal((n, P, 3)) * scale).astype(np.float32)
-
 
 def lion(path, ref):
     """A reference file of LION."""
     mean, std = torch.ones(len(ref), 1, 3), torch.full((len(ref), 1, 1), 2.0)
     torch.save(dict(ref=torch.from_numpy(ref), mean=mean, std=std), path)
-
 
 def checkpoint(path, **config):
     """A run directory with an untrained model of train.py's format."""
@@ -73,11 +66,9 @@ def checkpoint(path, **config):
     torch.save(dict(model=state, ema=state, step=6, config=config), path / "ckpt.pt")
     return path
 
-
 @pytest.fixture
 def image_run(tmp_path):
     return checkpoint(tmp_path / "run", res=32, encoder_heads=1)
-
 
 @pytest.fixture
 def network(monkeypatch):
@@ -89,7 +80,6 @@ def network(monkeypatch):
     monkeypatch.setattr(evaluate.inception, "load", lambda path: Small())
     find, small = weights.find, ("net.pth", "f00d", False)
     monkeypatch.setattr(weights, "find", lambda net, *rest: small if net == "inception" else find(net, *rest))
-
 
 def test_a_set_against_itself(network, capsys):
     """If FID(A,A) were not 0, or the protocol did not say how the figures came about (users' row 1)."""
@@ -107,7 +97,6 @@ def test_a_set_against_itself(network, capsys):
                  "fid_clip is left out", "fd is left out"):
         assert part in " ".join(result["warnings"])
     assert capsys.readouterr().err.count("WARNING:") == len(result["warnings"])
-
 
 def test_every_image_source_gives_the_same_distance():
     """If a folder, ADM's npz, our npz or TorchScript gave other images, or the wrong distance."""
@@ -128,7 +117,6 @@ def test_every_image_source_gives_the_same_distance():
     assert found[0]["fd"] == pytest.approx(frechet.frechet_distance(*moments), rel=1e-9)
     assert run("--fake", "a", "--real", "b", *MINE, "--res", 16)["protocol"]["fake_size"] == (16, 16, 3)
 
-
 @pytest.mark.parametrize("batch", [1, 5, 64])
 def test_statistics_of_a_set(batch):
     """If a batch that does not divide the set lost or repeated an image (users' row 6)."""
@@ -144,7 +132,6 @@ def test_statistics_of_a_set(batch):
     direct = run("--fake", "b.npz", "--real", "a", *MINE)["metrics"]
     stored = run("--fake", "b.npz", "--real", "ref.npz", *MINE)
     assert stored["metrics"] == pytest.approx(direct, rel=1e-6) and stored["protocol"]["n_real"] == 13
-
 
 def test_adm_statistics(network):
     """If stored mu, sigma were not used, or precision and recall ran on statistics alone (users' row 8)."""
@@ -162,7 +149,6 @@ def test_adm_statistics(network):
     assert found == {"precision": 1, "recall": 1}
     assert set(run("--fake", "b.npz")["metrics"]) == {"is", "is_std"}
 
-
 def test_file_types_sizes_and_few_items_are_flagged():
     """If JPEG samples were compared with PNG references, or other sizes, without a word."""
     folder("a", images(), ".jpg")
@@ -172,7 +158,6 @@ def test_file_types_sizes_and_few_items_are_flagged():
     for part in ("file types differ: jpg samples, png references", "sizes differ", "rank-deficient"):
         assert part in warned
     assert "differ" not in " ".join(run("--fake", "b", "--real", "c", *MINE)["warnings"])
-
 
 def test_new_metric_is_one_row_and_one_function(monkeypatch):
     """If a metric needed more than its row to be listed, computed and printed."""
@@ -184,7 +169,6 @@ def test_new_metric_is_one_row_and_one_function(monkeypatch):
     found = run("--fake", "a.npz", *MINE, "--metrics", "mean")["metrics"]
     assert found == {"mean": pytest.approx(images()[:, ::8, ::8].mean())}
     assert "mean" in evaluate.parser().format_help()
-
 
 def test_checkpoint_is_sampled_and_kept(image_run):
     """If samples were thrown away, the protocol lacked their setting, or a second run drew them again."""
@@ -198,7 +182,6 @@ def test_checkpoint_is_sampled_and_kept(image_run):
     assert run(*words)["metrics"] == result["metrics"] and os.stat("drawn/000003.png").st_mtime_ns == before
     assert run("--fake", "drawn", "--real", "glyphs:val", *MINE, "--n", 7)["metrics"] == result["metrics"]
 
-
 def test_nothing_is_drawn_before_all_is_known_to_be_right(image_run, monkeypatch):
     """If hours of drawing ended in a wrong flag."""
     monkeypatch.setattr(sample, "sample", lambda *args, **kwargs: pytest.fail("drew samples"))
@@ -206,7 +189,6 @@ def test_nothing_is_drawn_before_all_is_known_to_be_right(image_run, monkeypatch
                   ["--metrics", "fid"], ["--json", "no/x.json", *MINE]):
         with pytest.raises((ValueError, OSError)):
             run("--fake", image_run, "--real", "glyphs", *words)
-
 
 def test_point_checkpoint_draws_as_many_as_there_are_references(tmp_path):
     """If the number of samples were not the references', or normalisations differed (users' row 11)."""
@@ -218,7 +200,6 @@ def test_point_checkpoint_draws_as_many_as_there_are_references(tmp_path):
     with pytest.raises(ValueError, match="normalised by box, references by global"):
         run("--fake", "drawn", "--real", "ref.pt", "--normalize", "none")
     assert "unknown" in " ".join(run("--fake", "drawn", "--real", "b.npy", "--normalize", "none")["warnings"])
-
 
 def test_two_processes_agree_with_one(image_run):
     """If processes counted an image twice or none, or drew other samples (users' rows 6, 20)."""
@@ -232,7 +213,6 @@ def test_two_processes_agree_with_one(image_run):
     two = json.loads(Path("two.json").read_text())
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-2) and two["protocol"]["processes"] == 2
     assert two["protocol"]["real_sha256"] == one["protocol"]["real_sha256"]
-
 
 def test_upscale_compares_with_enlargements_of_the_same_samples(image_run, monkeypatch, capsys):
     """If the arms were not the same seeds, or the enlargement another than Pillow's."""
@@ -254,7 +234,6 @@ def test_upscale_compares_with_enlargements_of_the_same_samples(image_run, monke
         assert (pixels[1] == np.asarray(small.resize((64, 64), how))).all()
     with pytest.raises(ValueError, match="--res is missing"):
         run("--fake", image_run, "--enlarge", "bicubic", *words)
-
 
 def test_clouds_of_every_source_agree():
     """If .npy, folders, .ply, LION's files or an npz were read differently, or twin files counted twice."""
@@ -278,7 +257,6 @@ def test_clouds_of_every_source_agree():
     np.save("a.npy", a * 3 + 5)                             # --normalize box: units and place do not matter
     assert run("--fake", "a.npy", "--real", "b.pt")["metrics"] == pytest.approx(found[0], rel=1e-3)
 
-
 def test_emd_by_name_and_pairs_from_the_cache(monkeypatch):
     """If --emd chose another distance than it names, or a second run computed the pairs again (row 34)."""
     np.save("a.npy", shapes())
@@ -289,7 +267,6 @@ def test_emd_by_name_and_pairs_from_the_cache(monkeypatch):
     assert len(list(Path("cache/pairs").glob("*.npy"))) == 9
     monkeypatch.setattr(clouds, "compute", lambda *args: pytest.fail("computed again"))
     assert run(*words, "exact", "--memory", 16)["metrics"] == {"mmd_emd": found[1]}
-
 
 def test_lion_s_global_protocol_and_the_paper_s_rows(capsys):
     """If x std + mean were not applied to both sets, or the paper's row stood beside another protocol."""
@@ -305,7 +282,6 @@ def test_lion_s_global_protocol_and_the_paper_s_rows(capsys):
     assert "against 662" in " ".join(scaled["warnings"])
     assert evaluate.PAPER["imagenet256", 256]["ASFT-XL (Tab. 3)"]["fid"] == 3.74
 
-
 def test_more_samples_or_points_than_references():
     """If more samples than references were scored, or clouds of other numbers of points compared."""
     np.save("a.npy", shapes(9, 50, 1))
@@ -316,7 +292,6 @@ def test_more_samples_or_points_than_references():
     assert result["protocol"]["points"] == 30 and any("a random 30" in w for w in result["warnings"])
     assert any("COV and 1-NNA assume" in w for w in run("--fake", "b.npy", "--real", "a.npy")["warnings"])
 
-
 def test_ulip_of_given_features():
     """If precomputed features needed weights or samples, or were paired wrongly."""
     features = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
@@ -324,7 +299,6 @@ def test_ulip_of_given_features():
     np.save("i.npy", 3 * features)
     found = run("--metrics", "ulip_i", "--point-features", "p.npy", "--images", "i.npy")["metrics"]
     assert found == {"ulip_i": pytest.approx(1)}
-
 
 REFUSED = {     # words -> what the line must say
     "--real good.npy": "--fake is missing",
@@ -347,7 +321,6 @@ REFUSED = {     # words -> what the line must say
     "stats --data whole.npz --out r.txt": "ends in .npz",
 }
 
-
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
     path, a = tmp_path_factory.mktemp("bad") / "files", shapes()
@@ -367,7 +340,6 @@ def bad(tmp_path_factory):
     np.save(path / "ragged" / "1.npy", shapes(1, 31)[0])
     (path / "mine.py").write_text(FEATURES)
     return path
-
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_bad_input_ends_in_one_line(words, bad, monkeypatch):

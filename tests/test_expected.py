@@ -9,16 +9,16 @@ import train
 from conftest import ROOT, trained
 
 README = (ROOT / "README.md").read_text()
-CURVE = [json.loads(line) for line in (ROOT / "tests" / "expected" / "glyphs_loss.jsonl").read_text().splitlines()]
-
+CURVE = [json.loads(line) for line in (ROOT / "tests" / "expected"
+                                       / "glyphs_loss.jsonl").read_text().splitlines()]
 
 def loss_until(step, curve=CURVE, steps=100):
     """Mean loss of the last steps up to one: every line of a log is the mean since the line before."""
     return np.mean([row["loss"] for row in curve if step - steps < row["step"] <= step])
 
-
 def test_default_loss_follows_the_shipped_curve(tmp_path, monkeypatch):
-    """A change that slows or breaks learning of the default preset moves the loss away from the shipped curve.
+    """A change that slows or breaks learning of the default preset moves the loss away from the shipped
+    curve.
 
     Seed 0, the first 100 steps of the recipe's schedule. float32 in place of bfloat16 moves it by 0.7 %."""
     rate, last = train.learning_rate, CURVE[-1]["step"]
@@ -34,14 +34,13 @@ def test_default_loss_follows_the_shipped_curve(tmp_path, monkeypatch):
         assert abs(loss_until(step, found, 50) / loss_until(step, steps=50) - 1) < 0.03
     assert abs(found[0]["loss"] / CURVE[0]["loss"] - 1) < 0.01               # same data, noise and start
 
-
 def test_expected_losses_of_the_page_are_those_of_the_curve():
     assert CURVE[-1]["step"] == train.RECIPES["glyphs"]["steps"]
     for step in (100, 1000, 3000, CURVE[-1]["step"]):
         assert f"| {step:,} | {loss_until(step):.3f} |" in README
 
-
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("*.json")),
+                         ids=lambda path: path.stem)
 def test_tables_of_results_are_those_of_the_shipped_results(path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import claims

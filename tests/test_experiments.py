@@ -11,7 +11,6 @@ import sample
 from conftest import ROOT
 from tools import plan, poster
 
-
 def test_a_poster_has_the_pixels_of_sample_py(glyphs_run, tmp_path):
     """In bands, continued after an interruption, and streamed into one PNG."""
     words = ["--ckpt", str(glyphs_run), "--res", "96x80", "--steps", "2", "--device", "cpu", "--out"]
@@ -27,7 +26,6 @@ def test_a_poster_has_the_pixels_of_sample_py(glyphs_run, tmp_path):
     (sheet,) = (tmp_path / "zoom").glob("*.png")
     assert Image.open(sheet).size[0] > 4 * 80
 
-
 def test_the_plan_needs_neither_data_nor_gpu(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan.main(["--dataset", "imagenet256", "--model", "S", "--batch-size", "256"])
@@ -36,12 +34,11 @@ def test_the_plan_needs_neither_data_nor_gpu(capsys, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="3 processes"):
         plan.main(["--dataset", "imagenet256", "--gpus", "3"])
 
-
 @pytest.mark.parametrize("name", ["bench", "chaos", "claims", "glyph_report"])
 def test_experiments_start(name):
-    run = subprocess.run([sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"],
+                         capture_output=True, text=True)
     assert run.returncode == 0 and f"experiments/{name}.py" in run.stdout, run.stderr
-
 
 def test_a_claim_runs_whole_and_is_not_done_twice(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
@@ -50,7 +47,8 @@ def test_a_claim_runs_whole_and_is_not_done_twice(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "set.npz", images=images, labels=np.arange(120) % 2)
-    words = ["linear", "--data", str(tmp_path / "set.npz"), "--steps", "1", "--n", "100", "--seeds", "1", "--out",
+    words = ["linear", "--data", str(tmp_path / "set.npz"), "--steps", "1", "--n", "100", "--seeds", "1",
+             "--out",
              str(tmp_path / "out")]
     claims.main(words)
     result = tmp_path / "out" / "results" / "linear-set-1.json"

@@ -14,7 +14,6 @@ from PIL import Image
 import data
 from test_data import RNG, Bomb, encoded, fill, noise, nothing_goes_off, npz, refused  # noqa: F401
 
-
 # --- images in files
 
 def png(colour_type, bits, row, clear=(), extra=b""):
@@ -30,10 +29,8 @@ def png(colour_type, bits, row, clear=(), extra=b""):
     end = b"\0\0\0\0IEND\xaeB`\x82"
     return b"\x89PNG\r\n\x1a\n" + head + profile + clear + chunk(b"IDAT", pixels) + end
 
-
 def flat(mode, colour, kind="PNG", **options):
     return encoded(Image.new(mode, (8, 8), colour), kind, **options)
-
 
 PALETTE = Image.new("P", (8, 8), 1)
 PALETTE.putpalette([0, 0, 0, 10, 200, 30])
@@ -62,7 +59,6 @@ SEEN = {                               # file -> its bytes, the colour that its 
     "profile.png": (png(2, 8, b"\xc8\x64\x32" * 8, extra=os.urandom(3 * 2 ** 20)), (200, 100, 50)),
 }
 
-
 def test_every_kind_of_image_is_read_as_its_owner_sees_it(tmp_path):
     for name, (content, _) in SEEN.items():
         (tmp_path / name).write_bytes(content)
@@ -77,7 +73,6 @@ def test_every_kind_of_image_is_read_as_its_owner_sees_it(tmp_path):
     image.save(tmp_path / "turned.png", exif=exif)
     assert (np.asarray(data.read_image(tmp_path / "turned.png")) == np.rot90(np.asarray(image), -1)).all()
 
-
 @pytest.mark.parametrize("width,height", [(100, 70), (33, 64), (5, 9), (64, 64), (517, 300)])
 def test_resize_is_that_of_adm(width, height):
     """Against the definition written out: halve by boxes while the short side is >= 2 res, bicubic, crop."""
@@ -90,7 +85,6 @@ def test_resize_is_that_of_adm(width, height):
     whole, top, left = np.asarray(halved.resize((w, h), Image.BICUBIC)), (h - 32) // 2, (w - 32) // 2
     assert (data.fit(image, 32) == whole[top:top + 32, left:left + 32]).all()
 
-
 # --- broken files: each lies among good ones
 
 def npy(array):
@@ -98,12 +92,10 @@ def npy(array):
     np.save(file, array, allow_pickle=True)
     return file.getvalue()
 
-
 def npy_of(shape):
     """A .npy that says it has a shape, and 100 bytes."""
     text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(100)
-
 
 JPEG, PNG, CLOUD = encoded(noise(), "JPEG"), encoded(noise(), "PNG"), RNG.normal(size=(100, 3))
 BROKEN = {
@@ -119,7 +111,6 @@ BROKEN = {
     "cut.npy": npy(CLOUD)[:500], "memory.npy": npy_of((10 ** 15, 3)), "beyond.npy": npy_of((10 ** 30, 3)),
     "negative.npy": npy_of((-5, 3)), "mkdir.npy": npy_of("__import__('os').mkdir('went_off')"),
 }
-
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_named_and_can_be_skipped(tmp_path, name):
@@ -137,7 +128,6 @@ def test_broken_files_are_named_and_can_be_skipped(tmp_path, name):
     refused(shown, "expected", call=lambda: next(data.loader(ds, 0, 0, 4, 4)))
     values, _ = next(data.loader(ds, 0, 0, 4, 4, skip_bad=bad))
     assert [*bad] == [k] and shown in bad[k] and np.isfinite(values.numpy()).all() and len(values) == 4
-
 
 def test_broken_arrays_and_archives(tmp_path):
     good, bomb, path = np.zeros((3, 4, 4, 3), np.uint8), np.array([Bomb()], object), tmp_path / "bad.npz"
@@ -166,7 +156,6 @@ def test_broken_arrays_and_archives(tmp_path):
         txn.put(b"x", bytes(50_000))
     (tmp_path / "cut" / "data.mdb").write_bytes((tmp_path / "cut" / "data.mdb").read_bytes()[:-4096])
     refused("cut", "bytes", call=lambda: data.Folder(tmp_path / "cut", 8))      # mapped, it ends the process
-
 
 @pytest.mark.parametrize("package,name", [("lmdb", "data.mdb"), ("h5py", "a.hdf5"), ("trimesh", "a.ply")])
 def test_missing_packages_are_named(tmp_path, monkeypatch, package, name):

@@ -7,10 +7,10 @@ import pytest
 
 from conftest import ROOT
 
-# What each room has reached. It may shrink; the design's own budgets are 520, 300, 280, 330, 460, 450, 1500, 750,
-# 1700, 4500 and 180 lines, 4600 for all code outside tests and experiments.
-BUDGETS = {"model.py": 584, "data.py": 464, "toys.py": 280, "train.py": 488, "sample.py": 620,
-           "evaluate.py": 702, "metrics": 1470, "tools": 1005, "experiments": 1700, "tests": 4560,
+# What each room has reached, and may not exceed. The design asks for 520, 300, 280, 330, 460, 450, 1500, 750,
+# 1700, 4500 and 180 lines, and for 4600 of all code outside tests and experiments.
+BUDGETS = {"model.py": 550, "data.py": 440, "toys.py": 280, "train.py": 465, "sample.py": 575,
+           "evaluate.py": 663, "metrics": 1500, "tools": 930, "experiments": 1700, "tests": 4500,
            "README.md": 180}
 FOLDERS = ("metrics", "tools", "experiments", "tests")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
@@ -18,17 +18,14 @@ EACH = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relati
 MAY_IMPORT = {"model": set(), "toys": set(), "metrics": set(), "data": {"toys"}, "sample": {"model"},
               "train": {"model", "sample", "data"}, "evaluate": {"model", "sample", "data", "metrics"}}
 
-
 @functools.cache
 def tree(path):
     return ast.parse(path.read_text(), str(path))
-
 
 def lines(*names):
     """As wc -l counts them, of files and of folders' .py files."""
     files = [file for name in names for file in (ROOT / name, *(ROOT / name).rglob("*.py")) if file.is_file()]
     return sum(file.read_bytes().count(b"\n") for file in files)
-
 
 def statements(node):
     """Nodes that run on import: all but the bodies of functions."""
@@ -36,7 +33,6 @@ def statements(node):
         if not isinstance(child, (ast.FunctionDef, ast.Lambda)):
             yield child
             yield from statements(child)
-
 
 def imports(nodes):
     """Dotted names of the imported modules; `from a import b` gives a and a.b, since b may be a module."""
@@ -47,7 +43,6 @@ def imports(nodes):
             base = "." * node.level + (node.module or "")
             yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
 
-
 def ours(path, nodes):
     """Names of our files that the nodes import, as of SOURCES: "model", "metrics.clouds", "tools.pack"."""
     names = {".".join(source.relative_to(ROOT).with_suffix("").parts) for source in SOURCES}
@@ -55,34 +50,30 @@ def ours(path, nodes):
     beside = {".".join((*path.parent.relative_to(ROOT).parts, name.lstrip("."))) for name in found}
     return names & (found | beside)
 
-
 @pytest.mark.parametrize("name", BUDGETS)
 def test_rooms_are_within_their_budgets(name):
     """If a part outgrew its room; what is too long becomes less, not wider."""
     assert lines(name) <= BUDGETS[name]
 
-
 def test_sums_are_within_their_budgets():
     """If the code, or the three files that a reader starts with, outgrew their sums."""
-    assert lines(*(path.name for path in ROOT.glob("*.py")), "metrics", "tools") <= 5605
-    assert lines("model.py", "train.py", "sample.py") <= 1695
-
+    assert lines(*(path.name for path in ROOT.glob("*.py")), "metrics", "tools") <= 5275
+    assert lines("model.py", "train.py", "sample.py") <= 1590
 
 @EACH
 def test_lines_and_functions_are_short(path):
     """If a line had more than 110 columns, or a function more than 60 lines; a parser is a table of flags."""
     wide = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 110]
-    assert not wide or {"tests", "experiments"} & {*path.parts}        # those are still to be wrapped
+    assert not wide
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef) and node.name != "parser":
             most = 90 if (path.name, node.name) == ("train.py", "main") else 60
             assert node.end_lineno - node.lineno + 1 <= most, node.name
 
-
 @EACH
 def test_lines_do_one_thing(path):
     """If a lambda got a name, a call a conditional f-string, `any` a walrus, or a list a boolean factor."""
-    for node in () if {"tests", "experiments"} & {*path.parts} else ast.walk(tree(path)):
+    for node in () if "experiments" in path.parts else ast.walk(tree(path)):
         kinds = {type(part) for part in ast.walk(node)}
         where = f"{path.name}:{getattr(node, 'lineno', 0)}"
         assert not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda)), where
@@ -94,7 +85,6 @@ def test_lines_do_one_thing(path):
             sides = {type(node.left), type(node.right)}
             assert not (sides & {ast.List, ast.Tuple} and sides & {ast.Compare, ast.BoolOp}), where
 
-
 @EACH
 def test_imports_go_one_way(path):
     """If a file knew a part that it should work without."""
@@ -105,7 +95,6 @@ def test_imports_go_one_way(path):
     if room == "data":
         assert not ours(path, statements(tree(path)))                          # toys only where asked for
     assert room == "tests" or not rooms & {"tests", "conftest"}
-
 
 def test_imports_have_no_circle():
     """If two files needed each other; the order is that of graphlib, which names the circle."""

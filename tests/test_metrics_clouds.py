@@ -11,7 +11,6 @@ from metrics import clouds
 from metrics.clouds import (DISTANCES, chamfer, emd_approx, emd_exact, jsd, mmd_cov, normalise_box, one_nna,
                             pairwise)
 
-
 def known(n):
     """The deterministic clouds of the known answers, float64 (1,n,3)."""
     i = np.arange(n)
@@ -19,22 +18,18 @@ def known(n):
     q = 0.5 * np.stack([np.sin(i), np.cos(2 * i), np.sin(3 * i)], 1)
     return torch.from_numpy(p)[None], torch.from_numpy(q)[None]
 
-
 def some(S, P=24, seed=0):
     """S clouds, each of its own size and place."""
     r = np.random.default_rng(seed)
     x = r.standard_normal((S, P, 3)) * r.uniform(0.1, 0.3, (S, 1, 3)) + r.uniform(-0.1, 0.1, (S, 1, 3))
     return x.astype(np.float32)
 
-
 def points(*rows):
     return torch.tensor([rows], dtype=torch.float64)
-
 
 def one(name, x, y):
     """The distance of two clouds (P,3), in float64."""
     return float(DISTANCES[name](torch.from_numpy(x)[None].double(), torch.from_numpy(y)[None].double()))
-
 
 # --- Distances
 
@@ -43,9 +38,7 @@ ANSWERS = {8: (.257875204, .345675353, .346223177, .346123012, .129510698, .1293
            64: (.167611872, .317735638, .344648357, .362896831, .147500640, .168991102),
            256: (.164410996, .314696174, .341091703, .362620539, .145638011, .169562348)}
 
-
 TO_ITSELF = {64: (6.916e-5, 9.19e-7), 256: (2.727e-4, 3.647e-6)}      # PointFlow, LION
-
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-7)])
 @pytest.mark.parametrize("n", ANSWERS)
@@ -58,7 +51,6 @@ def test_known_answers(n, dtype, tolerance):
     if n in TO_ITSELF:                     # mass that spills over at blunt levels is part of the number
         found = float(emd_approx(p, p, "pointflow")), float(emd_approx(p, p))
         assert found == pytest.approx(TO_ITSELF[n], rel=2e-3)
-
 
 def approxmatch(x, y, levels, cost):
     """The matching as the kernels loop it, one pair of points at a time in float64."""
@@ -76,7 +68,6 @@ def approxmatch(x, y, levels, cost):
                 match[k, j] += K[k][j] * a[k] * b
         left = [max(0.0, max(1.0, m // n) - match[k].sum()) for k in range(n)]
     return sum(match[k, j] * cost(math.dist(x[k], y[j])) for k in range(n) for j in range(m)) / n
-
 
 @pytest.mark.parametrize("n, m", [(12, 12), (12, 6), (5, 15), (7, 10)])
 def test_matchings_against_loops(n, m):
@@ -96,7 +87,6 @@ def test_matchings_against_loops(n, m):
                    for order in itertools.permutations(range(6)))
         assert one("exact", p, q) == pytest.approx(best, abs=1e-7)
 
-
 def test_distances_by_hand():
     """If a root, a half or one direction of Chamfer were wrong, or a level of the matching missing."""
     assert float(chamfer(points((0, 0, 0)), points((1, 2, 2)))) == 18
@@ -110,7 +100,6 @@ def test_distances_by_hand():
     far = [float(emd_approx(points((0, 0, 0)), points((d, 0, 0)), "pointflow")) for d in (5, 10)]
     assert far == [pytest.approx(5, rel=1e-2), pytest.approx(0.136977, abs=1e-6)]
 
-
 def test_invariances():
     """If a distance depended on the order of points or the place of a pair, or did not scale as it should."""
     p, q = known(64)
@@ -123,7 +112,6 @@ def test_invariances():
     assert float(emd_exact(p, p + torch.tensor([0.01, 0, 0]))) == pytest.approx(0.01)
     assert float(chamfer(p, q[:, :7])) > 0                             # another number of points
 
-
 def test_chamfer_keeps_the_digits_of_near_points():
     """If distances came from |x|^2 + |y|^2 - 2xy, clouds that nearly coincide would differ by rounding."""
     x = some(1, 200)[0].astype(np.float64)
@@ -133,7 +121,6 @@ def test_chamfer_keeps_the_digits_of_near_points():
     x32, y32 = (torch.from_numpy(c).float()[None] for c in (x, y))
     assert float(chamfer(x32, y32)) == pytest.approx(exact, rel=2e-3)
     assert float(pairwise(x32, y32, "chamfer")[0, 0]) == pytest.approx(exact, rel=2e-3)
-
 
 @pytest.mark.parametrize("shape", [(2, 3, 24), (24, 3), (2, 24, 2), (2, 0, 3), (3,)])
 def test_what_is_no_set_of_clouds_is_refused(shape):
@@ -150,7 +137,6 @@ def test_what_is_no_set_of_clouds_is_refused(shape):
     with pytest.raises(ValueError, match="5 points against 4"):
         emd_exact(some(1, 5), some(1, 4))
 
-
 def test_normalise_box():
     """If the factor 0.5, the midrange or the single scale of all axes were missing."""
     c = some(4, 50) * 7 + 100
@@ -164,7 +150,6 @@ def test_normalise_box():
     for bad in (np.zeros((2, 5, 3)), np.where(np.arange(2)[:, None, None], np.nan, some(2, 5))):
         with pytest.raises(ValueError, match="cloud [01]: its points"):
             normalise_box(bad)
-
 
 # --- All pairs
 
@@ -183,7 +168,6 @@ def test_pairwise_is_the_distance_of_each_pair_in_any_blocks(name):
     with ThreadPoolExecutor(1) as pool:                                # two rows high, as on GPUs
         np.testing.assert_allclose(clouds.compute(a[:2], b[:3], name, "cpu", pool), whole[:2, :3], atol=1e-6)
 
-
 def test_memory_bounds_the_work():
     """If a cloud of 16,384 points silently took gigabytes, or space grew with the sets."""
     with pytest.raises(ValueError, match="needs 138 MiB, more than the 100 of --memory"):
@@ -195,7 +179,6 @@ def test_memory_bounds_the_work():
             done[block] += 1
             assert done[block].size <= 256
         assert (done == 1).all() and threads in (1, 2)
-
 
 @pytest.fixture
 def computed(monkeypatch):
@@ -211,7 +194,6 @@ def computed(monkeypatch):
         return found
     monkeypatch.setattr(clouds, "compute", compute)
     return ask
-
 
 @pytest.mark.parametrize("name", ["chamfer", "lion"])
 def test_cache_continues_and_is_read(name, tmp_path, computed, capsys):
@@ -234,7 +216,6 @@ def test_cache_continues_and_is_read(name, tmp_path, computed, capsys):
     pairwise(a, b + np.float32(1e-6), name, cache=tmp_path)            # other content, another file
     assert computed() == 30 and len(list(tmp_path.iterdir())) == 2
 
-
 @pytest.mark.parametrize("name", ["chamfer", "exact"])
 def test_shares_of_two_processes_make_the_whole(name, tmp_path, computed):
     """If processes did the same pairs, left some out, or the time said before ignored what is done."""
@@ -248,7 +229,6 @@ def test_shares_of_two_processes_make_the_whole(name, tmp_path, computed):
     assert clouds.estimate([(a, b, name)]) > 0 == clouds.estimate([(a, b, name)], cache=tmp_path)
     pairwise(a, a, name, cache=tmp_path)
     assert clouds.estimate([(a, a, name)], cache=tmp_path) == 0
-
 
 def test_a_constant_matrix_is_an_error_unless_clouds_are_equal(monkeypatch):
     """If a distance that returns zeros went into a table (users' row 3), or collapsed samples did not."""
@@ -264,12 +244,10 @@ def test_a_constant_matrix_is_an_error_unless_clouds_are_equal(monkeypatch):
     with pytest.raises(ValueError, match="first set: cloud 1 has points that are not finite"):
         pairwise(np.where(np.arange(3)[:, None, None] == 1, np.nan, some(3)), some(2), "chamfer")
 
-
 # --- Scores
 
 def scalars(a, b):
     return np.abs(np.subtract.outer(np.array(a, float), np.array(b, float)))
-
 
 def test_scores_on_scalars():
     """If rows and columns, references and samples, the leave-one-out or ties were mixed up."""
@@ -285,7 +263,6 @@ def test_scores_on_scalars():
     # along columns, not rows. 0: the samples at 5; 1 and 2: row 0 at 1, a reference; 3 and 4: references at 5
     assert one_nna(rr, np.full((3, 2), 5), ss) == (2 / 5, 2 / 3, 0)
 
-
 def test_one_nna_of_two_samples_of_one_distribution():
     """If the statistic were biased: expected (N-1)/(2N-1) for independent samples of one distribution."""
     found, N = [], 60
@@ -294,7 +271,6 @@ def test_one_nna_of_two_samples_of_one_distribution():
         d = torch.cdist(x, x)
         found.append(one_nna(d[:N, :N], d[:N, N:], d[N:, N:])[0])
     assert np.mean(found) == pytest.approx((N - 1) / (2 * N - 1), abs=0.03)
-
 
 def test_jsd():
     """If the grid, its ball of 10,144 cells or the logarithm were another."""
@@ -307,7 +283,6 @@ def test_jsd():
     assert jsd([a, b], [a, a]) == pytest.approx(0.311278, abs=1e-6)
     assert jsd([[[5, 5, 5]]], [[[0.28, 0.28, 0.28]]]) == pytest.approx(0)         # outside: the nearest cell
     assert jsd([[[0.499, 0.3, 0]]], [[[0.43, 0.26, 0]]]) == pytest.approx(0)      # of the ball, not the cube
-
 
 def test_scores_in_published_scales(tmp_path):
     """If MMD-CD were not x 1e3, MMD-EMD not x 1e2, or shares not in percent."""

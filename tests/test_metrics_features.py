@@ -12,19 +12,15 @@ from metrics.inception import inception_score
 from metrics.precision_recall import precision_recall, squared_distances
 from metrics.ulip import ulip_score
 
-
 def features(n, d, seed=0, shift=0.0):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal((n, d)) + shift)
-
 
 def moments(x):
     return Moments(x.shape[1]).update(x)
 
-
 def distance(a, b):
     a, b = moments(a), moments(b)
     return frechet_distance(a.mean, a.cov, b.mean, b.cov)
-
 
 # --- Moments
 
@@ -41,7 +37,6 @@ def test_moments_are_those_of_numpy():
     exact = np.cov(far.double().numpy(), rowvar=False)
     np.testing.assert_allclose(moments(far).cov.numpy(), exact, rtol=1e-9, atol=1e-10)
 
-
 @pytest.mark.parametrize("cut", [0, 1, 400, 999, 1000])
 def test_two_parts_merge_to_the_whole(cut):
     """If processes with different shares, or with none, gave other statistics."""
@@ -51,7 +46,6 @@ def test_two_parts_merge_to_the_whole(cut):
     assert parts.n == 1000
     torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(parts.cov, whole.cov, rtol=1e-11, atol=1e-12)
-
 
 def test_bad_features_are_named():
     """If NaN or a foreign width went into the statistics."""
@@ -64,7 +58,6 @@ def test_bad_features_are_named():
                           (lambda: moments(features(1, 3)).cov, "at least 2")):
         with pytest.raises(ValueError, match=words):
             action()
-
 
 # --- Frechet distance
 
@@ -81,7 +74,6 @@ def test_closed_forms():
     assert frechet_distance([0, 0, 0], zero, [1, 0, 0], S) == pytest.approx(15)
     assert frechet_distance([0, 0, 0], zero, [0, 0, 0], zero) == 0
 
-
 def test_invariances():
     """If rounding made a set differ from itself, or the distance depended on order or axes."""
     a, b = features(400, 12), features(500, 12, 1) * torch.linspace(0.5, 2, 12)
@@ -91,12 +83,10 @@ def test_invariances():
     assert distance(a @ Q, b @ Q) == pytest.approx(distance(a, b), rel=1e-11)
     assert distance(a + 3, b + 3) == pytest.approx(distance(a, b), rel=1e-11)
 
-
 def test_two_samples_of_one_distribution():
     """If the finite-sample bias were off: at d = 64 it is about 0.22 at n = 10,000 and 2.2 at n = 1,000."""
     assert distance(features(10_000, 64, 0), features(10_000, 64, 1)) == pytest.approx(0.22, rel=0.1)
     assert distance(features(1000, 64, 2), features(1000, 64, 3)) == pytest.approx(2.2, rel=0.1)
-
 
 @pytest.mark.parametrize("n, d, tolerance", [(400, 50, 1e-10), (60, 100, 1e-5)])
 def test_trace_against_sqrtm_and_singular_values(n, d, tolerance):
@@ -112,7 +102,6 @@ def test_trace_against_sqrtm_and_singular_values(n, d, tolerance):
     direct = (a.mean(0) - b.mean(0)) @ (a.mean(0) - b.mean(0)) + np.trace(S1) + np.trace(S2) - 2 * singular
     assert distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(direct, rel=1e-7)
 
-
 @pytest.mark.parametrize("bad, words", [
     (([0, 0], np.eye(3), [0, 0], np.eye(2)), "expected"), (([0, 0], np.eye(2), [0], np.eye(3)), "expected"),
     (([0, math.nan], np.eye(2), [0, 0], np.eye(2)), "finite"), (([], np.eye(0), [], np.eye(0)), "expected"),
@@ -124,7 +113,6 @@ def test_bad_statistics_are_refused(bad, words):
     with pytest.raises(ValueError, match="expected"):
         sqrt_trace(np.eye(2), np.eye(3))
 
-
 # --- Precision and recall
 
 def test_precision_and_recall_by_hand():
@@ -134,7 +122,6 @@ def test_precision_and_recall_by_hand():
     assert precision_recall(smp, ref) == (1.0, pytest.approx(0.6))
     x = features(40, 16)
     assert precision_recall(x, x) == (1, 1) and precision_recall(x, x + 100) == (0, 0)
-
 
 def test_collapsed_fakes_are_precise_and_recall_nothing():
     """If precision and recall saw only one side (users' row 8), or rounding pushed copies apart."""
@@ -147,7 +134,6 @@ def test_collapsed_fakes_are_precise_and_recall_nothing():
     copies = real[:1].repeat(10, 1)
     assert precision_recall(real, copies) == (1, pytest.approx(1 / 30))
     assert not squared_distances(copies, copies).any()
-
 
 def test_precision_recall_against_loops():
     """If blocks, float32 or the matrix form gave another definition than the one in words."""
@@ -162,7 +148,6 @@ def test_precision_recall_against_loops():
             assert precision_recall(real, fake, k, block) == pytest.approx(expected)
         assert precision_recall(real.double() + 1e4, fake.double() + 1e4, k) == pytest.approx(expected)
 
-
 @pytest.mark.parametrize("real, fake, words", [
     (features(3, 4), features(9, 4), "at least 4 real items, found 3"),
     (features(9, 4)[0], features(9, 4), "real"), (features(9, 4), features(3, 4), "at least 4 fake"),
@@ -172,7 +157,6 @@ def test_bad_sets_are_refused(real, fake, words):
     """If too few items for k, another width or NaN gave a number."""
     with pytest.raises(ValueError, match=words):
         precision_recall(real, fake)
-
 
 # --- Inception Score and ULIP-I
 
@@ -190,7 +174,6 @@ def test_inception_score_by_hand():
                                (-p, 2, "negative"), (p[0], 1, r"\(2,\)")):
         with pytest.raises(ValueError, match=words):
             inception_score(bad, splits)
-
 
 def test_ulip_score_by_hand():
     """If the score were not the mean cosine: it is no product of lengths, and pairs item by item."""

@@ -14,7 +14,6 @@ from PIL import Image
 
 from metrics import clip, dinov2, inception, pointnet, ulip, weights
 
-
 def randomised(net):
     """The network with weights and running statistics under which every part of it contributes."""
     g = torch.Generator().manual_seed(0)
@@ -31,33 +30,26 @@ def randomised(net):
             x.uniform_(0.8, 1.2, generator=g)
     return net.eval().requires_grad_(False)
 
-
 def images(n=2, h=64, w=64):
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, h, w, 3), dtype=np.uint8))
-
 
 def clouds(S=2, P=520):
     return torch.randn(S, P, 3, generator=torch.Generator().manual_seed(0))
 
-
 def count(net):
     return sum(p.numel() for p in net.parameters())
-
 
 def close(a, b, tolerance):
     assert a.shape == b.shape
     assert (a.double() - b.double()).abs().max() <= tolerance * b.abs().max()
 
-
 # --- Files
 
 SMALL = dict(width=64, depth=1, heads=2, hidden=48, out=16)            # a tower of CLIP
 
-
 @pytest.fixture(autouse=True)
 def small_tower(monkeypatch):
     monkeypatch.setitem(clip.TOWERS, (64, 3, 32, 32), SMALL)
-
 
 def of_ulip(state):
     """A checkpoint as ULIP's trainer writes it."""
@@ -65,7 +57,6 @@ def of_ulip(state):
     state["module.open_clip_model.blocks.blocks.99.attn"] = torch.ones(2)
     return dict(state_dict=state, optimizer={"state": {0: {"exp_avg": torch.ones(3)}}}, scaler={},
                 best_acc1=np.float64(50.6), args=argparse.Namespace(lr=3e-3))
-
 
 # name -> module, network, a key, functions that wrap its state dict as files do
 NETWORKS = {
@@ -80,7 +71,6 @@ NETWORKS = {
         lambda s: dict(epoch=3, instance_acc=np.float64(0.9), model_state_dict=s)]),
     "ulip": (ulip, lambda: ulip.PointBERT(3, 2, 8), "point_encoder.norm.bias", [of_ulip])}
 
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_files_are_read(name, tmp_path):
     """If weights, bare or as trainers wrap them, were not read, in evaluation mode, or not told apart."""
@@ -94,11 +84,9 @@ def test_files_are_read(name, tmp_path):
         assert all(torch.equal(x, state[k]) for k, x in loaded.state_dict().items() if k != "mask_token")
         assert name == "dinov2" or weights.identify(tmp_path / "w.pt") == name
 
-
 class Bomb:
     def __reduce__(self):
         return open, ("exploded", "w")
-
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", NETWORKS)
@@ -125,7 +113,6 @@ def test_files_that_do_not_fit_are_named(name, tmp_path, monkeypatch):
         assert key in text or not any(content is one for one in named)
     assert not (tmp_path / "exploded").exists()
 
-
 def test_files_in_other_formats_are_read(tmp_path, recwarn):
     """If OpenAI's archive of code in half precision, or scalars as NumPy 1 names them, were not read."""
     tower, released = randomised(clip.VisionTransformer(**SMALL)), nn.Module()
@@ -142,7 +129,6 @@ def test_files_in_other_formats_are_read(tmp_path, recwarn):
         for item in new.namelist():
             old.writestr(item, new.read(item).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
     assert torch.equal(pointnet.load(tmp_path / "old.pt").fc3.bias, net.fc3.bias)
-
 
 def test_published_layouts():
     """If a layer, a key or a size were another than the released files have."""
@@ -174,7 +160,6 @@ def test_published_layouts():
     assert {"blocks.blocks.17.attn.qkv.weight", "encoder.second_conv.3.bias", "pos_embed.2.weight",
             "cls_pos"} <= keys and "blocks.blocks.0.attn.qkv.bias" not in keys
 
-
 # --- Images to inputs
 
 @pytest.mark.parametrize("prepare", [*inception.RESIZES.values(), clip.preprocess, dinov2.DINOv2(64, 1, 8)])
@@ -184,7 +169,6 @@ def test_other_images_are_refused(prepare):
         with pytest.raises(ValueError, match=r"^images are .*expected uint8 \(B,H,W,3\)"):
             prepare(bad)
 
-
 def test_tf1_resize_by_hand():
     """If the resize shifted by half a pixel, as every other one does: [0,1] to 4 would be [0,.25,.75,1]."""
     assert inception.tf1_axis(torch.tensor([[0.0, 1.0]]), 1, 4)[0].tolist() == [0, 0.5, 1, 1]
@@ -192,7 +176,6 @@ def test_tf1_resize_by_hand():
     assert five.tolist() == pytest.approx([0, 6, 12, 18, 20], abs=1e-5)
     p = images(1, 299, 299)                # of the network's own size
     assert torch.equal(inception.resize_tf1(p), (p.permute(0, 3, 1, 2).float() - 128) / 128)
-
 
 @pytest.mark.parametrize("name", inception.RESIZES)
 def test_resizes_keep_constants_and_scale(name):
@@ -202,7 +185,6 @@ def test_resizes_keep_constants_and_scale(name):
     zero = 127.5 if name == "pytorch-fid" else 128
     expected = ((level[:, :1, :1].float() - zero) / zero).permute(0, 3, 1, 2).expand(3, 3, 299, 299)
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
-
 
 def test_other_resizes_against_pillow_and_formula():
     """If the bicubic were Pillow's 8-bit one, or pytorch-fid's bilinear antialiased or not half-pixel."""
@@ -217,7 +199,6 @@ def test_other_resizes_against_pillow_and_formula():
     expected = ((1 - at) * row[0] + at * row[1] - 127.5) / 127.5
     assert float(inception.resize_pytorch_fid(p)[0, 0, 0, 0]) == pytest.approx(float(expected), abs=1e-4)
 
-
 @pytest.mark.parametrize("h, w, size, left, top", [
     (224, 224, (224, 224), 0, 0), (300, 224, (224, 300), 0, 38), (37, 90, (544, 224), 160, 0),
     (501, 333, (224, 337), 0, 56)])
@@ -231,22 +212,18 @@ def test_preprocess(h, w, size, left, top):
     np.testing.assert_allclose(levels.numpy(), expected, rtol=0, atol=1e-3)
     assert x.shape == (1, 3, 224, 224) and x.dtype == torch.float32
 
-
 # --- Slow forms: one item at a time in float64. s: a state dict
 
 def linear(s, name, x):
     return x @ s[name + ".weight"].flatten(1).T + s.get(name + ".bias", 0)
 
-
 def norm(s, name, x, eps=1e-5):
     return F.layer_norm(x, x.shape[-1:], s[name + ".weight"], s[name + ".bias"], eps)
-
 
 def unit(s, name, bn, x):
     """Linear map of the last axis, batch normalisation, ReLU."""
     mean, var, gain, bias = (s[f"{bn}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
     return ((linear(s, name, x) - mean) / (var + 1e-5).sqrt() * gain + bias).relu()
-
 
 def block(s, x, heads, names, mlp, eps=1e-5, scales=(1, 1)):
     """A transformer block (T,D) by torch's attention. names: of the norms, qkv's weight and bias, output."""
@@ -258,10 +235,8 @@ def block(s, x, heads, names, mlp, eps=1e-5, scales=(1, 1)):
     x = x + scales[0] * layer(y, y, y, need_weights=False)[0].detach()
     return x + scales[1] * mlp(norm(s, norm2, x, eps))
 
-
 def doubled(net):
     return {k.removeprefix("point_encoder."): v.double() for k, v in net.state_dict().items()}
-
 
 def slow_clip(net, x):
     s, patches = doubled(net), F.unfold(x[None].double(), 32, stride=32)[0].T
@@ -276,7 +251,6 @@ def slow_clip(net, x):
         names = [p + n for n in ("ln_1", "ln_2", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj")]
         z = block(s, z, 2, names, mlp)
     return norm(s, "ln_post", z[0]) @ s["proj"]
-
 
 def slow_dinov2(net, image):
     s, gelu = doubled(net), nn.GELU()
@@ -296,7 +270,6 @@ def slow_dinov2(net, image):
         x = block(s, x, 2, names, mlp, 1e-6, (s[p + "ls1.gamma"], s[p + "ls2.gamma"]))
     return norm(s, "norm", x, 1e-6)[1 + len(registers):]
 
-
 def slow_farthest(xyz, count, start=0, skip=-1.0):
     """Points of squared norm <= skip are passed over."""
     nearest, chosen = torch.where(xyz.square().sum(1) <= skip, -1.0, 1e10).tolist(), [start]
@@ -306,11 +279,9 @@ def slow_farthest(xyz, count, start=0, skip=-1.0):
         chosen.append(nearest.index(max(nearest)))
     return chosen
 
-
 def slow_ball(xyz, centre, radius, count):
     found = ((xyz - centre).square().sum(1) <= radius ** 2).nonzero()[:count, 0].tolist()
     return found + found[:1] * (count - len(found))
-
 
 def slow_pointnet(net, xyz, start):
     """Of a normalised cloud: features of the three stages, features, log-probabilities."""
@@ -329,7 +300,6 @@ def slow_pointnet(net, xyz, start):
     mean, var, gain, bias = (s[f"bn2.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
     features = (linear(s, "fc2", unit(s, "fc1", "bn1", x[0])) - mean) / (var + 1e-5).sqrt() * gain + bias
     return *stages, features, linear(s, "fc3", features.relu()).log_softmax(0)
-
 
 def slow_pointbert(net, points):
     """Of a prepared cloud (P,C)."""
@@ -350,7 +320,6 @@ def slow_pointbert(net, points):
         x = block(s, x + where, 6, names, mlp)
     x = norm(s, "norm", x)
     return torch.cat([x[0], x[1:].amax(0)]) @ s["pc_projection"]
-
 
 # --- Networks of images
 
@@ -380,7 +349,6 @@ def test_inception_sizes_and_features():
     assert torch.equal(net.Mixed_7b.pool(x), F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
     assert torch.equal(net.Mixed_7c.pool(x), F.max_pool2d(x, 3, 1, 1))
 
-
 def test_clip_is_the_slow_form():
     """If attention, residuals or the activation differed from the formula."""
     tower = randomised(clip.VisionTransformer(width=128, depth=3, heads=2, hidden=80, out=32))
@@ -389,7 +357,6 @@ def test_clip_is_the_slow_form():
     close(features[1], slow_clip(tower, x[1]), 1e-5)
     assert (features.norm(dim=1) - 1).abs().min() > 1e-2               # not normalised
     assert clip.TOWERS[1664, 3, 14, 14]["activation"] is F.gelu        # exact in open_clip's
-
 
 @pytest.mark.parametrize("registers", [0, 4])
 @pytest.mark.parametrize("mlp", [dinov2.MLP, dinov2.SwiGLU])
@@ -400,12 +367,10 @@ def test_dinov2_is_the_slow_form(mlp, registers):
         x = images(2, *shape)
         close(net(x)[1], slow_dinov2(net, x[1]), 1e-5)
 
-
 def cubic(x, a=-0.75):
     x = abs(x)
     inner, outer = (a + 2) * x ** 3 - (a + 3) * x ** 2 + 1, a * x ** 3 - 5 * a * x ** 2 + 8 * a * x - 4 * a
     return inner if x <= 1 else outer if x < 2 else 0.0
-
 
 def test_dinov2_resizes_positions_as_released():
     """If positions were resized by size instead of by (size + 0.1) / side: at 448 pixels features differ."""
@@ -428,7 +393,6 @@ def test_dinov2_resizes_positions_as_released():
         with pytest.raises(ValueError, match="H and W multiples of 14"):
             net(images(1, h, w))
 
-
 def test_dinov2_is_found(tmp_path):
     """If torch.hub's directory were not searched, or one of several files taken at random."""
     hub = tmp_path / "checkpoints"
@@ -443,7 +407,6 @@ def test_dinov2_is_found(tmp_path):
                 continue
             with pytest.raises(ValueError, match=f"found {'.*' * bool(held)}{words}.*; expected one dinov2_"):
                 dinov2.find(path)
-
 
 # --- Networks of points
 
@@ -464,7 +427,6 @@ def test_farthest_points():
     assert chosen.tolist() == [slow_farthest(c.double(), 25, 0, skip=1e-3) for c in x]
     assert chosen[0].unique().tolist() == [0, *range(20, 40)] and chosen[1].tolist() == [0] * 25
 
-
 @pytest.mark.parametrize("radius, count", [(0.3, 4), (0.8, 8), (3.0, 60)])
 def test_ball_query_is_that_of_the_loop(radius, count):
     """If a ball kept the nearest instead of the first, left places empty, or left out its edge."""
@@ -474,16 +436,13 @@ def test_ball_query_is_that_of_the_loop(radius, count):
     x = torch.tensor([[[0.0, 0, 0], [0.5, 0, 0], [0.75, 0, 0], [0, 0.5, 0]]])
     assert pointnet.ball_query(x, x[:, :1], 0.5, 4).tolist() == [[[0, 1, 3, 0]]]
 
-
 @pytest.fixture(scope="module")
 def net():
     return randomised(pointnet.PointNet2())
 
-
 @pytest.fixture(scope="module")
 def tower():
     return randomised(ulip.PointBERT(depth=2))
-
 
 def test_pointnet_is_the_slow_form(net):
     """If sampling, grouping, their order, or a layer differed: the second cloud starts at its point 1."""
@@ -499,7 +458,6 @@ def test_pointnet_is_the_slow_form(net):
     for part, slow in zip((*seen, *found), expected, strict=True):
         close(part[1], slow, 2e-5)
 
-
 def test_pointbert_is_the_slow_form(tower):
     """If groups, colours, positions in front of each block, attention or the pooling differed."""
     points = torch.cat([clouds(), torch.rand(2, 520, 3, generator=torch.Generator().manual_seed(1))], -1)
@@ -507,7 +465,6 @@ def test_pointbert_is_the_slow_form(tower):
     embeddings = tower(x)
     close(embeddings[1], slow_pointbert(tower, x[1].double()), 5e-5)
     close(ulip.features(tower, points.numpy()), embeddings, 1e-5)
-
 
 def test_pointnet_features_start_anew_every_64_clouds(net, monkeypatch):
     """If features depended on more than the place in a batch, or on where a cloud lies and its size."""
@@ -522,7 +479,6 @@ def test_pointnet_features_start_anew_every_64_clouds(net, monkeypatch):
     assert pointnet.features(net, x[:0]).shape == (0, 512)
     close(pointnet.features(net, 37 * x[:1] + 5), whole[:1], 1e-3)
 
-
 def test_prepare():
     """If clouds without colours were not grey, the network of 3 channels got 6, or colours were 0..255."""
     x = clouds(2, 50)
@@ -533,7 +489,6 @@ def test_prepare():
     close(unitary.mean(1) + 1, torch.ones(2, 3), 1e-6)
     with pytest.raises(ValueError, match=r"^colours 0..255: expected rgb in 0..1$"):
         ulip.prepare(torch.cat([x[:1], torch.tensor([0.0, 255, 9]).expand(1, 50, 3)], -1))
-
 
 @pytest.mark.parametrize("module", [pointnet, ulip])
 def test_features_refuse_what_is_no_cloud_and_leave_precision_alone(module, net, tower, monkeypatch):
@@ -558,7 +513,6 @@ def test_features_refuse_what_is_no_cloud_and_leave_precision_alone(module, net,
     torch.set_float32_matmul_precision("highest")
     hook.remove()
     assert seen == [("highest", False), ("high", True)]
-
 
 @pytest.mark.parametrize("name", ["normalise", "gather", "run_float32"])
 def test_copies_agree(name):

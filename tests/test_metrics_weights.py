@@ -16,7 +16,6 @@ from metrics import weights
 CONTENT = bytes(range(256)) * 3000         # of the file that is served: more than one block of a download
 HASH = hashlib.sha256(CONTENT).hexdigest()
 
-
 @pytest.fixture
 def no_network(monkeypatch):
     """Any attempt to reach the network fails the test that makes it."""
@@ -24,7 +23,6 @@ def no_network(monkeypatch):
         raise AssertionError("the network was touched")
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
-
 
 @pytest.fixture
 def server(monkeypatch):
@@ -50,12 +48,10 @@ def server(monkeypatch):
     httpd.shutdown()
     httpd.server_close()
 
-
 def put(path, content=CONTENT):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
-
 
 def refusal(*args, **options):
     """The one line with which find refuses."""
@@ -63,7 +59,6 @@ def refusal(*args, **options):
         weights.find(*args, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
-
 
 def test_hashes_and_the_cache_directory(tmp_path, monkeypatch):
     """If a digest were of the first block only, an entry incomplete, or the cache not where the text says."""
@@ -80,7 +75,6 @@ def test_hashes_and_the_cache_directory(tmp_path, monkeypatch):
             monkeypatch.setenv(key, value)
         assert str(weights.cache_directory()) == expected
 
-
 def test_a_given_file_is_used_whatever_its_hash(tmp_path, server, no_network):
     """If a file of the user's own were refused, passed for the published one, or another were taken."""
     put(tmp_path / "weights" / "w.pt", b"another")
@@ -90,7 +84,6 @@ def test_a_given_file_is_used_whatever_its_hash(tmp_path, server, no_network):
     assert weights.find("pointnet", own, tmp_path)[2] is None
     assert "nothing.pt: no such file" in refusal("inception", tmp_path / "nothing.pt", tmp_path, True)
 
-
 def test_the_cache_is_used_without_a_network(tmp_path, server, no_network, monkeypatch):
     """If a file in the cache were fetched again, or a damaged one used."""
     path = put(tmp_path / "weights" / "w.pt")
@@ -99,7 +92,6 @@ def test_the_cache_is_used_without_a_network(tmp_path, server, no_network, monke
     assert weights.find("inception") == (path, HASH, True)
     text = put(path, CONTENT[:-1]) and refusal("inception", download=True)
     assert all(part in text for part in ("delete", str(path), HASH, weights.sha256(path))) and path.is_file()
-
 
 @pytest.mark.parametrize("name", weights.RELEASED)
 def test_what_is_missing_is_said_in_one_line(name, tmp_path, no_network):
@@ -112,7 +104,6 @@ def test_what_is_missing_is_said_in_one_line(name, tmp_path, no_network):
         assert all(part in text for part in parts) and ("--metrics" in text) == bool(entry["sha256"])
     assert not list(tmp_path.iterdir())
 
-
 def test_a_download_is_announced_checked_and_kept(tmp_path, server):
     """If a download were silent, not checked, left parts, or were repeated."""
     said, target = [], tmp_path / "new" / "weights" / "w.pt"
@@ -122,7 +113,6 @@ def test_a_download_is_announced_checked_and_kept(tmp_path, server):
     assert server["requests"] == ["/w.pt"] and target.read_bytes() == CONTENT
     assert len(said) == 1 and all(part in said[0] for part in (server["url"], "1 MB", str(target)))
     assert list(target.parent.iterdir()) == [target]
-
 
 def test_a_download_that_fails_leaves_nothing(tmp_path, server, monkeypatch):
     """If what is not the whole published file stayed, or an error did not say what to do instead."""
@@ -146,11 +136,9 @@ def test_a_download_that_fails_leaves_nothing(tmp_path, server, monkeypatch):
         weights.find("inception", **options)
     assert not list((tmp_path / "weights").iterdir())
 
-
 class Bomb:
     def __reduce__(self):
         return open, ("exploded", "w")
-
 
 def test_identify_names_what_it_does_not_know(tmp_path, monkeypatch):
     """If a file that is missing, broken, foreign or hostile were run, or not refused in one line."""
@@ -175,7 +163,6 @@ def test_identify_names_what_it_does_not_know(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="w.pt: weights of none of inception, .*, bigg$"):
             weights.identify(path)
     assert not (tmp_path / "exploded").exists()
-
 
 @pytest.mark.parametrize("path", sorted((ROOT / "metrics").glob("*.py")), ids=lambda path: path.stem)
 def test_each_file_works_alone(path, tmp_path, monkeypatch, capsys):

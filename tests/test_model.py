@@ -19,7 +19,6 @@ IMAGE = {"spatial": dict(encoder_heads=8), "linear": dict(encoder="linear", qk_n
 POINTS = {"points": {}, "hash": dict(encoder="hash"), "point tokens": dict(token_dim=6, self_layers=2)}
 every_variant = pytest.mark.parametrize("variant", [*IMAGE, *POINTS])
 
-
 def tiny(variant, gain=0.2, **changes):
     """A small model. What starts as a constant (gates, biases, norms) is moved by `gain`."""
     torch.manual_seed(0)
@@ -32,7 +31,6 @@ def tiny(variant, gain=0.2, **changes):
                 p.add_(gain * torch.randn(p.shape))
     return model.eval()
 
-
 def inputs(model, B=3, M=10):
     """Arguments of model.forward: dict."""
     g, cfg = torch.Generator().manual_seed(1), model.cfg
@@ -44,7 +42,6 @@ def inputs(model, B=3, M=10):
                 label=torch.randint(cfg.n_classes, (B,), generator=g),
                 tokens=torch.randn(B, 4, cfg.token_dim, generator=g) if cfg.token_dim else None)
 
-
 def gradients(model, M=8, loss=asft.cicfm_loss):
     """The loss of two samples and M queries each, and the gradients by name."""
     z, g = inputs(model, B=2), torch.Generator().manual_seed(2)
@@ -55,21 +52,17 @@ def gradients(model, M=8, loss=asft.cicfm_loss):
     value.backward()
     return value, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-
 def close(a, b, tolerance=2e-5):
     assert a.shape == b.shape
     assert (a - b).abs().max() <= tolerance * max(1, b.abs().max()), (a - b).abs().max()
-
 
 def close_gradients(a, b):
     assert a.keys() == b.keys() and len(a) > 10
     for name in a:
         assert torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-5), name
 
-
 def heads(x, H):
     return x.unflatten(-1, (H, -1)).transpose(-2, -3)                          # (..., H, n, D/H)
-
 
 def plain_windows(read, latents, x, key_bias=0):
     """Keys and values of every pair, one query a window: what the absorbed form replaces. x (b, L, n, D)."""
@@ -78,12 +71,10 @@ def plain_windows(read, latents, x, key_bias=0):
     attn = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
     return read.mlp(read.norm((attn @ v).transpose(-2, -3).flatten(2)))        # (b, L, D)
 
-
 def windows_of(values, res, side):
     """Row-major pixels as windows of row-major pixels: (b, N, 3) -> (b, L, n, 3)."""
     p = res // side
     return values.view(-1, side, p, side, p, 3).transpose(2, 3).reshape(-1, side * side, p * p, 3)
-
 
 def test_absorbed_spatial_encoder_equals_the_plain_form_at_256():
     """If the encoder were not the attention of every latent to its own window, or a key bias mattered."""
@@ -100,14 +91,12 @@ def test_absorbed_spatial_encoder_equals_the_plain_form_at_256():
             expected = plain_windows(encoder.read, encoder.latents + centres, x, bias) + centres
             assert (got - expected).abs().max() < 1e-5
 
-
 def test_linear_encoder_equals_its_plain_form():
     """If the linear variant mixed up windows or pixels, or lost its residual, its MLP or the centres."""
     encoder, values = tiny("linear").encoder, torch.randn(2, 256, 3)
     centres = asft.fourier(asft.image_coords(4), asft.image_freqs(16, 32))
     patches = windows_of(values, 16, 4).flatten(2) @ encoder.patch.weight.T + encoder.patch.bias
     close(encoder(asft.image_coords(16), values)[0], encoder.out(encoder.latents + patches) + centres)
-
 
 def test_hash_encoder_equals_its_plain_form():
     """If a latent read another run than its own in Z-order, or its position were not the run's mean."""
@@ -121,7 +110,6 @@ def test_hash_encoder_equals_its_plain_form():
         x = plain_windows(encoder.read, encoder.latents, encoder.embedding(runs))
         close(latents[None], x + encoder.embedding(runs.mean(2)), 1e-4)
 
-
 @pytest.mark.parametrize("variant", ["spatial", "hash"])
 def test_reading_windows_some_at_a_time_changes_nothing(variant, monkeypatch):
     """If some of the windows met other queries or pairs, or were not read again in the backward pass."""
@@ -132,7 +120,6 @@ def test_reading_windows_some_at_a_time_changes_nothing(variant, monkeypatch):
     monkeypatch.setattr(model.encoder.read, "pool", lambda q, *rest: calls.append(len(q)) or pool(q, *rest))
     close_gradients(gradients(model)[1], expected)
     assert calls[:4] == [5, 5, 5, 1] and sorted(calls[4:]) == [1, 5, 5, 5]
-
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
 def test_value_stem_equals_its_layers(size):
@@ -148,7 +135,6 @@ def test_value_stem_equals_its_layers(size):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(stem(y), results[0][0])
 
-
 def slow_turn(x):
     """Axial rotary embedding by complex numbers: the first half of a head's channel pairs (i, i + d/2) turns
     with the column, the second with the row. x (B, H, side^2, d)."""
@@ -159,10 +145,8 @@ def slow_turn(x):
     x = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([x.real, x.imag], -1).float()
 
-
 def plain_norm(x):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
 
 def plain_attention(a, x, context, turned=False):
     q, k, v = (heads(z, a.heads) for z in (a.q(x), *a.kv(context).chunk(2, -1)))
@@ -171,7 +155,6 @@ def plain_attention(a, x, context, turned=False):
         q, k = slow_turn(q), slow_turn(k)
     attn = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
     return a.out((attn @ v).transpose(1, 2).flatten(2))
-
 
 def plain_block(block, x, c, context=None, tokens=None, turned=False):
     modulations = block.modulation(F.silu(c))[:, None].split(x.shape[-1], -1)
@@ -183,7 +166,6 @@ def plain_block(block, x, c, context=None, tokens=None, turned=False):
         h = plain_norm(x) * (1 + third[1]) + third[0]
         x = x + third[2] * plain_attention(block.token_attention, h, tokens)
     return x + gate2 * block.mlp(plain_norm(x) * (1 + scale2) + shift2)
-
 
 @every_variant
 def test_network_equals_its_plain_form(variant):
@@ -211,7 +193,6 @@ def test_network_equals_its_plain_form(variant):
     for a, b in zip(*(torch.autograd.grad(velocity.square().mean(), used) for velocity in (got, expected))):
         close(a, b, 1e-3)
 
-
 @every_variant
 @torch.no_grad()
 def test_context_is_a_set_and_queries_do_not_see_each_other(variant):
@@ -231,7 +212,6 @@ def test_context_is_a_set_and_queries_do_not_see_each_other(variant):
         parts.append(model.decode(prepared, coords, z["query_values"][:, chunk]))
     close(torch.cat(parts, 1), expected[:, order])
 
-
 @every_variant
 @torch.no_grad()
 def test_values_are_shared_by_the_halves_of_guidance(variant):
@@ -246,7 +226,6 @@ def test_values_are_shared_by_the_halves_of_guidance(variant):
         close(got, model(**z))
         assert (got[0] - got[2]).abs().max() > 1e-3
 
-
 @every_variant
 def test_gates_modulations_and_output_start_at_zero(variant):
     """If a block did not start as the identity, the output not at zero, or anything else at zero."""
@@ -257,7 +236,6 @@ def test_gates_modulations_and_output_start_at_zero(variant):
     for name, p in model.named_parameters():
         zero = "modulation" in name or name.startswith("head.") or name.endswith("bias")
         assert p.any() == (not zero or any(p is bias for bias in stems)), name
-
 
 def test_coordinates_and_features_are_their_formulas():
     """If axes were swapped, features scaled or reordered, or the top frequency were not 112 pi at 256."""
@@ -273,7 +251,6 @@ def test_coordinates_and_features_are_their_formulas():
     assert freqs.tolist() == [2.0 ** i for i in range(10)]
     angle = 1000 * t.double()[:, None] * 10000 ** (-torch.arange(128).double() / 128)
     assert (asft.time_features(t) - torch.cat([angle.cos(), angle.sin()], 1)).abs().max() < 2e-4
-
 
 def test_paths_and_times_are_their_closed_forms():
     """If t = 0 were not data, a path or its derivative wrong, or logit-normal not sigmoid(N(0, 1))."""
@@ -291,7 +268,6 @@ def test_paths_and_times_are_their_closed_forms():
     u = t.detach()[1:-1]
     assert torch.equal(asft.TIMES["uniform"](u), u)
     assert torch.allclose(asft.TIMES["logit-normal"](u), torch.distributions.Normal(0, 1).icdf(u).sigmoid())
-
 
 @pytest.mark.parametrize("path", asft.PATHS)
 def test_loss_is_the_squared_error_of_the_velocity(path):
@@ -312,7 +288,6 @@ def test_loss_is_the_squared_error_of_the_velocity(path):
         loss = asft.cicfm_loss(stub, coords, x0, eps, t, query, path, label=4, tokens=5, drop=6)
         assert abs(loss.item() - error ** 2) < 1e-6
 
-
 @pytest.mark.parametrize("variant", ["spatial", "tokens", "point tokens"])
 @torch.no_grad()
 def test_dropped_missing_and_null_conditions_are_one(variant):
@@ -325,7 +300,6 @@ def test_dropped_missing_and_null_conditions_are_one(variant):
     for name in ("label", "tokens"):
         assert z[name] is None or (model(**{**z, name: None}) - full).abs().max() > 1e-3
 
-
 @pytest.mark.parametrize("variant", ["spatial", "points", "tokens"])
 def test_grad_checkpoint_gives_the_same_gradients(variant):
     """If recomputing blocks, and queries some at a time, changed what is learned, or were not done at all."""
@@ -336,7 +310,6 @@ def test_grad_checkpoint_gives_the_same_gradients(variant):
         results.append(gradients(model, M=2050)[1])
     assert runs.count("trunk") == 1 + 2 and runs.count("decoder") == 1 + 4
     close_gradients(*results)
-
 
 @every_variant
 def test_bfloat16_autocast_stays_close(variant):
@@ -349,7 +322,6 @@ def test_bfloat16_autocast_stays_close(variant):
     flat = [torch.cat([g.flatten() for g in z.values()]) for z in (got, exact)]
     assert F.cosine_similarity(*flat, dim=0) > 0.99
 
-
 def test_no_graph_break(monkeypatch):
     """If network and loss, windows in parts and recomputed blocks too, did not compile as one graph."""
     model = tiny("spatial", levels=2, rope=True, token_dim=6).train()
@@ -357,7 +329,6 @@ def test_no_graph_break(monkeypatch):
     monkeypatch.setattr(asft.WindowAttention, "AT_A_TIME", {"cpu": 6 * 2 * 16 * 32})        # 6 of 16 windows
     compiled = torch.compile(asft.cicfm_loss, backend="aot_eager", fullgraph=True)
     close_gradients(gradients(model, loss=compiled)[1], gradients(model)[1])
-
 
 def test_presets_are_the_papers():
     """If a preset lost a layer or a head, left Tabs. 5 and 6 by 6 %, or levels sat elsewhere."""
@@ -377,7 +348,6 @@ def test_presets_are_the_papers():
     block = 20 * 384 ** 2 + 4 * 1024 * 384                                     # q, out, MLP; attention
     assert (many - few) / 12288 == block + 20 * 384 + 32                       # block; head and stem
 
-
 def test_model_py_alone_prints_the_presets_in_ten_seconds(tmp_path):
     """If the copied file needed a sibling, or `python model.py` took more than 10 s of CPU time."""
     (tmp_path / "model.py").write_bytes((ROOT / "model.py").read_bytes())
@@ -386,7 +356,6 @@ def test_model_py_alone_prints_the_presets_in_ten_seconds(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert {line.split()[0] for line in done.stdout.splitlines()} >= set(asft.PRESETS)
     assert sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before < 10
-
 
 @pytest.mark.parametrize("name, changes, words", [
     ("tiny", dict(encoder="hash"), "hash.*image"), ("point-tiny", dict(encoder="spatial"), "spatial.*points"),
@@ -400,7 +369,6 @@ def test_configurations_that_do_not_fit(name, changes, words):
         asft.config(name, **changes)
     assert "\n" not in str(caught.value)
 
-
 @pytest.mark.parametrize("name, shape", [("values", (256, 3)), ("values", (3, 50, 3)), ("t", (3, 1)),
                                          ("query_values", (3, 10, 2))])
 def test_wrong_shapes_are_named(name, shape):
@@ -408,7 +376,6 @@ def test_wrong_shapes_are_named(name, shape):
     model = tiny("spatial")
     with pytest.raises(ValueError, match=str(shape)[1:-1]):
         model(**{**inputs(model), name: torch.zeros(shape)})
-
 
 def test_one_image_is_learned():
     """If the network, the loss and an Euler sampler together could not reproduce one image."""

@@ -34,18 +34,15 @@ for i, file in enumerate(files):
 assert torch.equal(before[0], torch.get_rng_state()) and before[1] == torch.get_num_threads()
 """
 
-
 def calls(path, *wanted):
     nodes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
     return [node for node in nodes if ast.unparse(node.func) in wanted]
-
 
 def test_importing_does_nothing(tmp_path):
     """If importing a file printed, parsed arguments, drew numbers, asked for CUDA or an optional package."""
     command = [sys.executable, "-I", "-B", "-c", IMPORT_ALL, *CODE]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
-
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_packages_are_six_and_the_optional_ones_stay_inside_functions(path):
@@ -56,7 +53,6 @@ def test_packages_are_six_and_the_optional_ones_stay_inside_functions(path):
     assert every - set(sys.stdlib_module_names) - own <= SIX | OPTIONAL
     assert not top & OPTIONAL
 
-
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_pickle_is_ever_loaded(path):
     """If a checkpoint or an array file could run what it holds."""
@@ -65,7 +61,6 @@ def test_no_pickle_is_ever_loaded(path):
             assert [k.value.value for k in call.keywords if k.arg == keyword] == [value], call.lineno
     assert not calls(path, "pickle.load", "pickle.loads", "numpy.load")
     assert not {"torch.load", "numpy.load", "pickle.load"} & set(imports(ast.walk(tree(path))))
-
 
 @pytest.mark.parametrize("path", [path for path in CODE if path.parent == ROOT], ids=lambda path: path.name)
 def test_no_class_count_is_a_constant(path):
@@ -81,10 +76,8 @@ def test_no_class_count_is_a_constant(path):
         if isinstance(node, ast.Constant) and type(node.value) is int:
             assert node.value not in (1000, 1001), node.lineno
 
-
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ").replace("&&", "\n")
 COMMANDS = [shlex.split(line, comments=True) for line in BLOCKS.splitlines()]
-
 
 def test_readme_example_runs_with_model_py_alone(tmp_path):
     """If the first code that a reader copies did not run."""
@@ -92,7 +85,6 @@ def test_readme_example_runs_with_model_py_alone(tmp_path):
     (tmp_path / "model.py").write_bytes((ROOT / "model.py").read_bytes())
     done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_readme_commands_name_files_and_flags_that_exist(words):
@@ -107,7 +99,6 @@ def test_readme_commands_name_files_and_flags_that_exist(words):
             if calls(source, "p.parse_known_args"):                      # the rest are flags of train.py
                 known |= set(importlib.import_module("train").parser()._option_string_actions)
             assert {word.split("=")[0] for word in given if word.startswith("--")} <= known
-
 
 def test_ci_runs_the_test_command_of_the_readme():
     """If the tests of the continuous integration were others than those a reader is told to run."""

@@ -1,4 +1,5 @@
-"""sample.py: solvers against known solutions, samples however the work is cut, files, processes, wrong input."""
+"""sample.py: solvers against known solutions, samples however the work is cut, files, processes, wrong
+input."""
 import io
 import json
 import math
@@ -16,7 +17,6 @@ import model as asft
 import sample
 from conftest import ROOT
 
-
 # ---- Solvers ----
 
 def linear(rate):
@@ -27,7 +27,6 @@ def linear(rate):
     velocity.calls = 0
     return velocity
 
-
 @pytest.mark.parametrize("solver, order, per_step", [(sample.euler, 1, 1), (sample.heun, 2, 2)])
 def test_order_of_convergence_and_evaluations(solver, order, per_step):
     x, errors = torch.ones(1, 1, 3, dtype=torch.float64), []
@@ -37,19 +36,20 @@ def test_order_of_convergence_and_evaluations(solver, order, per_step):
         assert v.calls == per_step * steps
     assert 2 ** order * 0.8 < errors[0] / errors[1] < 2 ** order * 1.25
 
-
 def test_solvers_see_the_time_from_noise_to_data():
     """dx/dt = 2t: x(0) = x(1) - 1, and t = 1 comes first."""
-    for name, options in (("euler", dict(steps=4000)), ("heun", dict(steps=5)), ("dopri5", dict(evaluations=60))):
+    for name, options in (("euler", dict(steps=4000)), ("heun", dict(steps=5)),
+                          ("dopri5", dict(evaluations=60))):
         seen = []
-        x = sample.SOLVERS[name](lambda x, t: seen.append(t) or torch.full_like(x, 2 * t), torch.ones(1, 2, 3), **options)
+        x = sample.SOLVERS[name](lambda x, t: seen.append(t) or torch.full_like(x, 2 * t),
+                                 torch.ones(1, 2, 3), **options)
         assert seen[0] == 1.0 and min(seen) >= 0 and x.abs().max() < 1e-3, name
-
 
 def test_dopri5_keeps_tolerance_and_cap(capsys):
     x = torch.ones(1, 1, 3, dtype=torch.float64)
     v = linear(3.0)
-    assert abs(sample.dopri5(v, x, 1000, rtol=1e-8, atol=1e-8)[0, 0, 0] - math.exp(-3)) < 1e-7 and v.calls < 400
+    assert abs(sample.dopri5(v, x, 1000, rtol=1e-8, atol=1e-8)[0, 0, 0]
+               - math.exp(-3)) < 1e-7 and v.calls < 400
     for cap in (7, 13, 50):
         v = linear(30.0)
         assert sample.dopri5(v, x, cap, rtol=1e-9, atol=1e-9).isfinite().all() and v.calls <= cap
@@ -61,7 +61,6 @@ def test_dopri5_keeps_tolerance_and_cap(capsys):
     sample.dopri5(v, both, 500, rtol=0, atol=1e-6, control=1)
     sample.dopri5(w, both, 500, rtol=0, atol=1e-6)
     assert v.calls < w.calls
-
 
 @pytest.mark.parametrize("path", asft.PATHS)
 @pytest.mark.parametrize("diffusion", sample.DIFFUSIONS)
@@ -77,15 +76,14 @@ def test_sde_draws_the_data_distribution(path, diffusion):
         return da * x0 + ds * s / variance * (x - a)
     g = torch.Generator().manual_seed(0)
     noise = [torch.randn(1, 20000, 3, generator=g) for _ in range(201)]
-    x = sample.sde(velocity, noise[200], 200, noise.__getitem__, asft.PATHS[path], sample.DIFFUSIONS[diffusion])
+    x = sample.sde(velocity, noise[200], 200, noise.__getitem__, asft.PATHS[path],
+                   sample.DIFFUSIONS[diffusion])
     assert abs(x.mean() - 1) < 0.03 and abs(x.std() - 0.5) < 0.04
-
 
 def test_unknown_options_are_errors():
     for solver in sample.SOLVERS.values():
         with pytest.raises(TypeError):
             solver(linear(1.0), torch.ones(1, 1, 3), 3, what=1)
-
 
 # ---- Samples, however the work is cut ----
 
@@ -100,23 +98,23 @@ def small(domain="image", **changes):
         torch.nn.init.normal_(p, std=0.05)
     return net
 
-
 OPTIONS = [dict(solver="euler", steps=3), dict(solver="heun", steps=2), dict(solver="dopri5", evaluations=13),
            dict(solver="sde", steps=3, path="linear", diffusion="sigma")]
-
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o["solver"])
 def test_images_do_not_depend_on_batch_chunk_or_crop(options):
     net, label = small(n_classes=3), torch.tensor([0, 1, 2])
     whole, nfe = sample.generate(net, range(3), 5, (40, 150), None, label, guidance=2.0, **options)
-    assert whole.shape == (3, 6000, 3) and nfe == {"euler": 3, "heun": 4, "dopri5": 13, "sde": 3}[options["solver"]]
-    crop, _ = sample.generate(net, [2], 5, (40, 150), (60, 3, 140, 33), label[2:], guidance=2.0, chunk=700, **options)
+    assert whole.shape == (3, 6000, 3)
+    assert nfe == {"euler": 3, "heun": 4, "dopri5": 13, "sde": 3}[options["solver"]]
+    crop, _ = sample.generate(net, [2], 5, (40, 150), (60, 3, 140, 33), label[2:], guidance=2.0, chunk=700,
+                              **options)
     expected = whole[2].view(40, 150, 3)[3:33, 60:140].reshape(-1, 3)
     assert (crop[0] - expected).abs().max() < 1e-5
     trained, _ = sample.generate(net, [1], 5, None, (2, 4, 20, 30), label[1:2], guidance=2.0, **options)
-    expected = sample.generate(net, [1], 5, None, None, label[1:2], guidance=2.0, **options)[0].view(32, 32, 3)[4:30, 2:20]
+    expected = sample.generate(net, [1], 5, None, None, label[1:2], guidance=2.0, **options)[0]
+    expected = expected.view(32, 32, 3)[4:30, 2:20]
     assert (trained[0] - expected.reshape(-1, 3)).abs().max() < 1e-5
-
 
 @pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: o["solver"])
 def test_points_do_not_depend_on_batch_chunk_or_part(options):
@@ -127,16 +125,15 @@ def test_points_do_not_depend_on_batch_chunk_or_part(options):
     for points in (1, 17, 64, 2048):
         assert sample.generate(net, [0], 1, points, **options)[0].shape == (1, points, 3)
 
-
 def test_guidance_one_is_the_conditional_pass_and_more_moves_away():
     net, label = small(n_classes=3), torch.tensor([1])
-    plain, one, two, null = (sample.generate(net, [0], label=label if g is not None else None, guidance=g or 1.0, steps=2)[0]
+    plain, one, two, null = (sample.generate(net, [0], label=label if g is not None else None,
+                                             guidance=g or 1.0, steps=2)[0]
                              for g in (1.0, 1.0, 2.0, None))
     assert torch.equal(plain, one) and not torch.allclose(two, one)
     v = {g: sample.Velocity(net, asft.image_coords(32), 1024, label, guidance=g)(torch.ones(1, 1024, 3), 0.5)
          for g in (1.0, 3.0, 0.0)}
     assert torch.allclose(v[3.0], v[0.0] + 3 * (v[1.0] - v[0.0]), atol=1e-5)
-
 
 def test_noise_is_a_function_of_place():
     box, part = sample.gaussian((0, 0, 150, 130), 0, 1, "x"), sample.gaussian((70, 60, 140, 129), 0, 1, "x")
@@ -148,13 +145,11 @@ def test_noise_is_a_function_of_place():
     draws = [sample.gaussian((0, 8), *key) for key in keys]
     assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
 
-
 def test_every_step_of_the_sde_has_noise_of_its_own(monkeypatch):
     keys, inner = [], sample.gaussian
     monkeypatch.setattr(sample, "gaussian", lambda part, *key: keys.append(key) or inner(part, *key))
     sample.generate(small(), [3], 1, solver="sde", steps=4)
     assert keys == [(1, 3, "context", "start"), *((1, 3, "context", "sde", i) for i in range(3))]
-
 
 # ---- The command line and its files ----
 
@@ -171,32 +166,29 @@ def checkpoint(folder, net, **config):
     torch.save(state, folder / "ckpt.pt")
     return folder
 
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("runs") / "image", small(n_classes=3))
-
 
 @pytest.fixture(scope="module")
 def points_run(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("runs") / "points", small("points"))
 
-
 def main(run, *words):
     sample.main(["--ckpt", str(run), "--device", "cpu", *map(str, words)])
 
-
 def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
-
 
 def test_files_record_and_rerun(run, tmp_path, capsys):
     """Exactly n files, what samples.json says of them, and a rerun that only adds what is missing."""
     out = tmp_path / "out"
     main(run, "--n", 5, "--out", out, "--npz", "--class", "c2", "0", "--batch", 2, "--seed", 3)
     record = json.loads((out / "samples.json").read_text())
-    assert sorted(p.name for p in out.iterdir()) == [*(f"{i:06d}.png" for i in range(5)), "grid.png", "samples.json", "samples.npz"]
-    assert [row["label"] for row in record["samples"]] == [2, 0, 2, 0, 2] and record["samples"][0]["class_name"] == "c2"
+    assert sorted(p.name for p in out.iterdir()) == [*(f"{i:06d}.png" for i in range(5)), "grid.png",
+                                                     "samples.json", "samples.npz"]
+    assert [row["label"] for row in record["samples"]] == [2, 0, 2, 0, 2]
+    assert record["samples"][0]["class_name"] == "c2"
     assert (record["nfe"], record["complete"], record["step"], record["weights"]) == (2, True, 7, "ema")
     with np.load(out / "samples.npz", allow_pickle=False) as adm:
         assert adm["arr_0"].shape == (5, 32, 32, 3) and adm["arr_1"].tolist() == [2, 0, 2, 0, 2]
@@ -210,7 +202,6 @@ def test_files_record_and_rerun(run, tmp_path, capsys):
         main(run, "--n", 5, "--out", out, "--class", "c2", "0", "--seed", 4)
     assert "NFE 2" in capsys.readouterr().out
 
-
 def test_default_directory_is_named_by_the_setting(run, capsys):
     main(run, "--n", 1)
     main(run, "--n", 1, "--seed", 1)
@@ -218,24 +209,24 @@ def test_default_directory_is_named_by_the_setting(run, capsys):
     names = sorted(p.name for p in (run / "samples").iterdir())
     assert len(names) == 2 and len(list((run / "samples").glob("*seed0*/0*.png"))) == 2
 
-
 def test_two_processes_give_the_samples_of_one(run, tmp_path):
     words = ["--ckpt", run, "--samples", 3, "--res", "40x36", "--steps", 2, "--device", "cpu", "--out"]
     sample.main([*map(str, words), str(tmp_path / "one")])
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           str(ROOT / "sample.py"), *map(str, words), str(tmp_path / "two")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                           "2",
+                           str(ROOT / "sample.py"), *map(str, words), str(tmp_path / "two")],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for i in range(3):
         a, b = (pixels(tmp_path / name / f"{i:06d}.png") for name in ("one", "two"))
         assert a.shape == (40, 36, 3) and abs(a - b).max() <= 1
 
-
 def test_crop_and_sizes(run, tmp_path):
     main(run, "--n", 1, "--res", "2x", "--out", tmp_path / "whole")
     main(run, "--n", 1, "--res", "64", "--crop", "10,20,50,31", "--out", tmp_path / "crop")
     whole, crop = pixels(tmp_path / "whole" / "000000.png"), pixels(tmp_path / "crop" / "000000.png")
-    assert whole.shape == (64, 64, 3) and crop.shape == (11, 40, 3) and abs(whole[20:31, 10:50] - crop).max() <= 1
-
+    assert whole.shape == (64, 64, 3) and crop.shape == (11, 40, 3)
+    assert abs(whole[20:31, 10:50] - crop).max() <= 1
 
 def test_points_are_written_as_npy_ply_and_preview(points_run, tmp_path):
     main(points_run, "--n", 2, "--points", 100, "--out", tmp_path / "out", "--solver", "sde", "--last", 0.01)
@@ -247,7 +238,6 @@ def test_points_are_written_as_npy_ply_and_preview(points_run, tmp_path):
     record = json.loads((tmp_path / "out" / "samples.json").read_text())
     assert record["normalisation"] == "box" and record["options"]["last"] == 0.01
 
-
 def test_tokens(tmp_path):
     run = checkpoint(tmp_path / "run", small("points", token_dim=10))
     for i in range(2):
@@ -258,11 +248,12 @@ def test_tokens(tmp_path):
     with pytest.raises(ValueError, match="--tokens"):
         main(run, "--tokens", tmp_path, "--out", tmp_path / "x")
 
-
-WRONG = {"--res 0": "--res", "--res 3y": "--res", "--crop 1,2,3": "crop", "--crop 0,0,33,9": "crop", "--points 9": "--points",
-         "--class zebra": "zebra", "--rtol 1e-3": "--rtol", "--device abacus": "--device", "--res 8192": "poster",
-         "--tokens x": "okens", "--solver dopri5 --evaluations 3": "evaluations", "--solver dopri5 --steps 3": "--steps"}
-
+WRONG = {"--res 0": "--res", "--res 3y": "--res", "--crop 1,2,3": "crop", "--crop 0,0,33,9": "crop",
+         "--points 9": "--points",
+         "--class zebra": "zebra", "--rtol 1e-3": "--rtol", "--device abacus": "--device",
+         "--res 8192": "poster",
+         "--tokens x": "okens", "--solver dopri5 --evaluations 3": "evaluations",
+         "--solver dopri5 --steps 3": "--steps"}
 
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_input_is_named(run, tmp_path, words, capsys):
@@ -271,13 +262,11 @@ def test_wrong_input_is_named(run, tmp_path, words, capsys):
     assert WRONG[words] in str(caught.value) + capsys.readouterr().err
     assert not list(tmp_path.glob("out/0*"))
 
-
 def test_guidance_without_anything_to_guide_by(points_run, tmp_path):
     with pytest.raises(ValueError, match="--guidance 2"):
         main(points_run, "--guidance", 2, "--out", tmp_path / "x")
     with pytest.raises(ValueError, match="--res"):
         main(points_run, "--res", 64, "--out", tmp_path / "x")
-
 
 def test_samples_that_are_not_finite_are_refused(tmp_path):
     net = small(n_classes=3)
@@ -285,24 +274,24 @@ def test_samples_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(ValueError, match="non-finite"):
         main(checkpoint(tmp_path / "run", net), "--n", 1, "--out", tmp_path / "out")
 
-
 # ---- Checkpoints ----
 
 class Bomb:
     def __reduce__(self):
         return os.system, ("touch BOOM",)
 
-
 @pytest.mark.parametrize("damage", ["bomb", "truncated", "bit", "text", "foreign", "keys"])
 def test_broken_checkpoints_are_refused_or_replaced(run, tmp_path, monkeypatch, damage, capsys):
-    """Nothing in a file is executed; of a run directory the checkpoint before the damaged one is used, and said."""
+    """Nothing in a file is executed; of a run directory the checkpoint before the damaged one is used, and
+    said."""
     monkeypatch.chdir(tmp_path)
     file = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("samples")) / "ckpt.pt"
     shutil.copy(file, file.with_name("ckpt-0000005.pt"))
     raw, buffer = bytearray(file.read_bytes()), io.BytesIO()
     raw[len(raw) // 2] ^= 1
     torch.save({"model": Bomb()} if damage == "bomb" else {"weights": torch.ones(2)}, buffer)
-    content = dict(bomb=buffer.getvalue(), foreign=buffer.getvalue(), truncated=raw[:9999], bit=raw, text=b"hello")
+    content = dict(bomb=buffer.getvalue(), foreign=buffer.getvalue(), truncated=raw[:9999], bit=raw,
+                   text=b"hello")
     if damage == "keys":
         state = torch.load(file, weights_only=True)
         del state["ema"]["head.bias"]
@@ -316,14 +305,12 @@ def test_broken_checkpoints_are_refused_or_replaced(run, tmp_path, monkeypatch, 
     assert sample.load(file.parent)[1]["path"].name == "ckpt-0000005.pt"
     assert "ckpt.pt: not a whole checkpoint" in capsys.readouterr().err and not (tmp_path / "BOOM").exists()
 
-
 def test_averaged_and_raw_weights(tmp_path):
     run = checkpoint(tmp_path / "run", small())
     state = torch.load(run / "ckpt.pt", weights_only=True)
     state["ema"] = {name: torch.zeros_like(x) for name, x in state["ema"].items()}
     torch.save(state, run / "ckpt.pt")
     assert not sample.load(run)[0].head.weight.any() and sample.load(run, "raw")[0].head.weight.any()
-
 
 def test_missing_checkpoint_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -332,18 +319,18 @@ def test_missing_checkpoint_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="python train.py"):
         sample.main([])
 
-
 def test_two_copied_files_sample(run, tmp_path):
     """sample.py with model.py alone, in an empty folder; the script ends in one line and status 2."""
     for name in ("sample.py", "model.py"):
         shutil.copy(ROOT / name, tmp_path)
-    done = subprocess.run([sys.executable, "sample.py", "--ckpt", str(run), "--n", "1", "--out", "drawn"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, "sample.py", "--ckpt", str(run), "--n", "1", "--out", "drawn"],
+                          cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "drawn" / "000000.png").exists(), done.stderr
-    done = subprocess.run([sys.executable, "sample.py", "--ckpt", "gone.pt"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "sample.py", "--ckpt", "gone.pt"], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "gone.pt" in done.stderr
     assert done.stderr.startswith("sample.py: ")
-
 
 def test_write_atomic_leaves_the_old_file(tmp_path):
     path = tmp_path / "x"
@@ -354,4 +341,5 @@ def test_write_atomic_leaves_the_old_file(tmp_path):
         raise OSError(28, "No space left on device")
     with pytest.raises(OSError) as caught:
         sample.write_atomic(path, dies)
-    assert caught.value.filename == str(path) and path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    assert caught.value.filename == str(path) and path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1

@@ -23,7 +23,6 @@ TRIANGLES = [t for a, b, c, d in QUADS for t in ((a, b, c), (a, c, d))]
 RED, BLUE = (255, 51, 51), (0, 0, 255)
 ONE = "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n"
 
-
 def refused(*words, call):
     """The call ends in a ValueError of one line that holds the words."""
     with pytest.raises(ValueError) as error:
@@ -31,32 +30,26 @@ def refused(*words, call):
     text = str(error.value)
     assert all(str(word) in text for word in words) and "\n" not in text, text
 
-
 def rows(table, head=""):
     return "".join(head + " ".join(map(str, row)) + "\n" for row in table)
-
 
 def area(triangles):
     edges = triangles[:, 1:] - triangles[:, :1]
     return np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1).sum() / 2
-
 
 def is_the_box(triangles):
     a, b, c = np.moveaxis(triangles, 1, 0)
     volume = (a * np.cross(b, c)).sum() / 6                    # 6 only where all faces look the same way
     return len(triangles) == 12 and math.isclose(area(triangles), 22) and math.isclose(abs(volume), 6)
 
-
 def read(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return meshes.read_mesh(path)
-
 
 def ply(n_points, n_faces, form="ascii", colours=()):
     fields = [f"property float {x}" for x in "xyz"] + [f"property uchar {c}" for c in colours]
     fields += [f"element face {n_faces}", "property list uchar int vertex_indices", "end_header", ""]
     return "\n".join(["ply", f"format {form} 1.0", f"element vertex {n_points}", *fields])
-
 
 def write_meshes(root):
     """One box in several formats."""
@@ -81,7 +74,6 @@ def write_meshes(root):
     facets = "".join(f"FACET NORMAL 0 0 0\n{loop}ENDFACET\n" for loop in loops)
     (root / "capitals.stl").write_text(f"SOLID box\n{facets}ENDSOLID box\n")
 
-
 def test_every_format_gives_one_surface(tmp_path, capfd):
     """If a reader lost a face, a colour or a byte order, or trimesh's log came through."""
     write_meshes(tmp_path / "box")
@@ -92,7 +84,6 @@ def test_every_format_gives_one_surface(tmp_path, capfd):
         assert triangles.dtype == np.float64 and is_the_box(triangles), file
         assert colours is None if file.suffix == ".stl" else (colours == RED).all(), file
     assert capfd.readouterr() == ("", "")
-
 
 def test_concave_faces(tmp_path):
     """If a fan from the wrong corner left the polygon."""
@@ -115,7 +106,6 @@ def test_concave_faces(tmp_path):
     star = [(r * math.cos(k * math.pi / 5), r * math.sin(k * math.pi / 5), 0) for k, r in enumerate(radius)]
     text = rows(star, "v ") + rows([range(1, 11)], "f ")
     refused("a.obj", "concave", call=lambda: read(tmp_path / "a.obj", text))
-
 
 def test_what_obj_files_hold(tmp_path):
     """If comments, continued lines, libraries or textures changed the surface or its colour."""
@@ -147,7 +137,6 @@ def test_what_obj_files_hold(tmp_path):
     assert sorted(map(tuple, colours.tolist())) == 12 * [3 * (meshes.GREY,)] + 12 * [RED]
     refused("count back", call=lambda: read(tmp_path / "in" / "a.obj", points + back + points))
 
-
 def gltf(path, kind="f4", material=None, places=None, paint=None, **more):
     """The box as glTF by hand, its numbers of that kind, at (10,0,0), beside primitives without points."""
     points = np.pad(CUBE, ((0, 0), (0, 1))).astype(kind)
@@ -174,7 +163,6 @@ def gltf(path, kind="f4", material=None, places=None, paint=None, **more):
     for word, chunk in ((b"JSON", json.dumps(tree | more).encode()), (b"BIN\0", blob)):
         content += struct.pack("<I4s", len(chunk), word) + chunk
     path.write_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(content)) + content)
-
 
 def test_gltf(tmp_path, capfd):
     """If a transform, a factor or a texture were lost, or a primitive without points ended it all."""
@@ -203,7 +191,6 @@ def test_gltf(tmp_path, capfd):
         refused("b.glb", name, call=lambda: meshes.read_mesh(tmp_path / "b.glb"))
     assert capfd.readouterr() == ("", "")
 
-
 @pytest.mark.parametrize("name,text", [
     ("a.obj", ""), ("a.obj", "v 0 0 0\n"), ("a.obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n"),
     ("a.obj", "v 0 zero 0\nf 1 1 1\n"), ("a.obj", "v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n"),
@@ -216,17 +203,14 @@ def test_broken_meshes_are_named(tmp_path, name, text, capfd):
     refused(tmp_path / name, "expected", call=lambda: read(tmp_path / name, text))
     assert capfd.readouterr() == ("", "")
 
-
 def test_missing_trimesh_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trimesh", None)
     refused("a.stl: needs trimesh: pip install trimesh", call=lambda: read(tmp_path / "a.stl", ""))
-
 
 # --- point clouds of meshes
 
 def run(tool, *words):
     tool.main([*map(str, words), *(() if "--workers" in words else ("--workers", "0"))])
-
 
 def test_clouds_of_meshes(tmp_path, capsys):
     """If points were not uniform by area, depended on other files, or fell into the wrong class or split."""
@@ -269,7 +253,6 @@ def test_clouds_of_meshes(tmp_path, capsys):
         (src / name).write_text(ONE)
     refused("a-b.off", "names that differ", call=lambda: run(meshes, src, tmp_path / "y"))
 
-
 def test_a_full_disk_in_a_worker_is_one_line(tmp_path):
     """If what goes wrong in a worker came as a traceback."""
     (tmp_path / "table" / "train").mkdir(parents=True)
@@ -279,7 +262,6 @@ def test_a_full_disk_in_a_worker_is_one_line(tmp_path):
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and last.startswith("meshes.py: ") and "No space left on device" in last
     assert "Traceback" not in done.stderr
-
 
 # --- views and condition tokens
 
@@ -299,7 +281,6 @@ def test_rasterise_against_each_triangle_alone():
     for x in (np.zeros((0, 3)), np.array([[9.0, 10, 11]])):                # nothing, and beside the view
         assert (render.rasterise(x, x * 0 + [[1, 2, 1]], x * 0 + 1, 5) == -1).all()
 
-
 def test_views_are_those_of_the_paper():
     """If field of view, distance, sides or handedness of the cameras were off."""
     ball = toys.lathe([(math.cos(a), math.sin(a)) for a in np.linspace(-math.pi / 2, math.pi / 2, 65)])
@@ -316,7 +297,6 @@ def test_views_are_those_of_the_paper():
         block, top = (np.argwhere(view[..., c] - view[..., 2 - c] > 50).mean(0) - 223.5 for c in (0, 2))
         assert side * block[1] > 60 and abs(block[0]) < 3 and top[0] < -100 and abs(top[1]) < 3
 
-
 def test_rays_meet_what_is_seen():
     """If a patch's Plucker ray did not pass through the points that the patch shows."""
     rays = tokens.rays(2, 448)
@@ -329,7 +309,6 @@ def test_rays_meet_what_is_seen():
             distances = np.linalg.norm(np.cross(point, d[v]) - m[v], axis=1)   # of the point from each ray
             assert distances[int(i // 14) * 32 + int(j // 14)] < min(0.06, distances.min() + 0.02)
 
-
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
     """Rendered solids with raw patches as tokens: views/ and set/, 7 of train and 2 of val."""
@@ -338,7 +317,6 @@ def objects(tmp_path_factory):
         run(render, f"solids:{split}", root / "views", "--n", n, "--size", 56, "--points", 600)
     run(tokens, root / "views", root / "set", "--features", "patches", "--size", 28)
     return root
-
 
 def test_views_and_tokens(objects, tmp_path):
     """If a view, a cloud or a token were another's, or an interrupted command did not go on."""
@@ -372,7 +350,6 @@ def test_views_and_tokens(objects, tmp_path):
     with pytest.raises(SystemExit):
         run(tokens, objects / "views", tmp_path / "y", *flags, 50)
 
-
 def test_tokens_of_ones_own_image(objects, tmp_path):
     """If tokens of an image were not those of training, or made with other weights than in training."""
     weights, ckpt = [tmp_path / f"dinov2_{i}_pretrain.pth" for i in (0, 1)], tmp_path / "ckpt.pt"
@@ -401,7 +378,6 @@ def test_tokens_of_ones_own_image(objects, tmp_path):
     torch.save(dict(model={}, ema={}, step=1, config=dict(tokens=None)), ckpt)
     refused("ckpt.pt", call=lambda: own(views[0]))
 
-
 # --- packed sets and check
 
 def draw(path, i, size=(40, 30)):
@@ -410,13 +386,11 @@ def draw(path, i, size=(40, 30)):
     pixels = np.random.default_rng(i).integers(0, 256, (size[1] // 5, size[0] // 5, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize(size, Image.BICUBIC).save(path)
 
-
 @pytest.fixture()
 def images(tmp_path):
     for i in range(22):
         draw(tmp_path / "in" / "ab"[i % 2] / f"{i:02d}.{'jpg' if i % 3 == 0 else 'png'}", i)
     return tmp_path / "in"
-
 
 def test_packed_is_the_folder_pixel_for_pixel(images, tmp_path):
     """If packing changed a pixel, a class, the order or the mirroring."""
@@ -432,7 +406,6 @@ def test_packed_is_the_folder_pixel_for_pixel(images, tmp_path):
     assert sorted(os.listdir(tmp_path / "set")) == ["images.npy", "manifest.json"]
     assert (np.load(tmp_path / "set" / "images.npy")[7] == folder.item(7)[0]).all()    # readable without us
     assert pack.pack(images, tmp_path / "plain", 8, labels=False)["class_names"] == []
-
 
 def test_interrupted_pack_goes_on_and_gives_the_same_bytes(images, tmp_path, monkeypatch):
     """If an interrupted pack lost, doubled or reordered images, or began again."""
@@ -456,7 +429,6 @@ def test_interrupted_pack_goes_on_and_gives_the_same_bytes(images, tmp_path, mon
     for name in ("images.npy", "manifest.json"):
         assert (stopped / name).read_bytes() == (straight / name).read_bytes()
 
-
 def test_pack_refusals(images, tmp_path):
     """If a pack of one set were mixed with another, or written into its source."""
     pack.pack(images, tmp_path / "set", 16)
@@ -467,7 +439,6 @@ def test_pack_refusals(images, tmp_path):
     refused("another names", call=lambda: pack.pack(images, tmp_path / "set", 16))
     (images / "a" / "torn.png").write_bytes(b"no image")
     refused("torn.png", "tools/check.py", call=lambda: pack.pack(images, tmp_path / "new", 16))
-
 
 def test_check_lists_what_is_wrong(images, tmp_path, capsys):
     """If an unreadable, doubled or small image went unnoticed, or a clean set were called wrong."""
@@ -487,7 +458,6 @@ def test_check_lists_what_is_wrong(images, tmp_path, capsys):
         assert any(line.startswith(f"{what}: ") and all(name in line for name in names) for line in out)
     assert check.check(images, least=31) == 26 and capsys.readouterr().out.count("wrong size: ") == 24
     refused("nothing", call=lambda: check.check(tmp_path / "nothing"))
-
 
 def test_check_of_packed_sets_and_clouds(images, objects, tmp_path, capsys):
     """If a damaged packed set, or a bad cloud, were not found."""

@@ -1,4 +1,5 @@
-"""train.py: resuming, processes and accumulation, averages, bad steps, faults, data sets, flags and recipes."""
+"""train.py: resuming, processes and accumulation, averages, bad steps, faults, data sets, flags and
+recipes."""
 import argparse
 import json
 import math
@@ -25,18 +26,14 @@ from experiments.chaos import log, same
 
 FLAGS = ["--log-every", 1, "--save-every", 2, "--schedule", "constant"]
 
-
 def ckpt(path):
     return torch.load(path / "ckpt.pt" if path.is_dir() else path, weights_only=True)
-
 
 def same_training(a, b):
     return all(same(ckpt(a)[k], ckpt(b)[k]) for k in ("model", "ema", "optimizer", "step"))
 
-
 def losses(out):
     return [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in log(out)]
-
 
 def refused(*flags):
     """The one line that a run with these flags ends in."""
@@ -45,13 +42,11 @@ def refused(*flags):
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
-
 def images(folder, count, size=(20, 24)):
     folder.mkdir(parents=True)
     for i in range(count):
         pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
-
 
 def at_step(monkeypatch, step, do):
     """Runs do() once, within the step of this number."""
@@ -63,25 +58,24 @@ def at_step(monkeypatch, step, do):
         return inner(net, coords, batch, now, *rest)
     monkeypatch.setattr(train, "micro_loss", micro_loss)
 
-
 def start(words, **env):
-    return subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE,
                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
-
 
 def finished(process, status=0):
     out, err = process.communicate(timeout=120)
     assert process.returncode == status, err
     return out, err
 
-
 # ---- Resuming ----
 
 def test_ten_resume_ten_equals_twenty(tmp_path, monkeypatch, capsys):
-    """Weights, average, optimizer, data order, noise and log go on as if nothing had happened: cosine schedule,
-    random mirroring, stopped by a signal."""
+    """Weights, average, optimizer, data order, noise and log go on as if nothing had happened: cosine
+    schedule, random mirroring, stopped by a signal."""
     images(tmp_path / "set", 21)
-    flags = ["--steps", 20, "--log-every", 5, "--warmup", 4, "--dataset", "folder", "--data", tmp_path / "set", "--flip"]
+    flags = ["--steps", 20, "--log-every", 5, "--warmup", 4, "--dataset", "folder", "--data",
+             tmp_path / "set", "--flip"]
     straight = trained(tmp_path / "straight", *flags)
     at_step(monkeypatch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
     parts = trained(tmp_path / "parts", *flags)
@@ -92,33 +86,33 @@ def test_ten_resume_ten_equals_twenty(tmp_path, monkeypatch, capsys):
     assert same_training(straight, parts) and losses(straight) == losses(parts)
     assert [r["step"] for r in log(parts)] == [5, 10, 15, 20]
 
-
 def test_resume_of_a_file_a_directory_and_auto(tmp_path, capsys):
     first = trained(tmp_path / "first", "--steps", 2, "--schedule", "constant", "--save-every", 1)
     trained(tmp_path / "second", "--steps", 4, "--resume", first / "ckpt.pt")
     trained(tmp_path / "third", "--steps", 4, "--resume", first / "ckpt-0000001.pt")
     trained(tmp_path / "fourth", "--resume", "auto", "--steps", 4, "--schedule", "constant")
     said = capsys.readouterr().out
-    assert said.count("resumed at step 2") == said.count("resumed at step 1") == 1 and "starting at step 0" in said
+    assert said.count("resumed at step 2") == said.count("resumed at step 1") == 1
+    assert "starting at step 0" in said
     trained(first, "--resume", "auto", "--steps", 4)
     assert all(same_training(first, tmp_path / other) for other in ("second", "third", "fourth"))
     train.main(["--resume", str(first), "--steps", "5"])                       # no architecture, no --out
-    train.main(["--resume", str(first), "--steps", "2"])                       # it has more: nothing is trained
+    # it has more: nothing is trained
+    train.main(["--resume", str(first), "--steps", "2"])
     assert ckpt(first)["step"] == 5 and ckpt(first)["config"]["settings"]["width"] == 32
-
 
 def test_resume_refuses_another_run(tmp_path, glyphs_run):
     """A missing checkpoint does not start at step 0, and no other run is overwritten or taken over."""
     with pytest.raises((ValueError, OSError), match="nowhere"):
         train.main([*TINY, "--out", str(tmp_path / "x"), "--resume", str(tmp_path / "nowhere")])
     assert not (tmp_path / "x").exists()
-    assert "width" in refused(*TINY, "--out", tmp_path / "x", "--resume", glyphs_run, "--width", 64, "--steps", 7)
+    assert "width" in refused(*TINY, "--out", tmp_path / "x", "--resume", glyphs_run, "--width", 64,
+                              "--steps", 7)
     assert "--resume auto" in refused(*TINY, "--out", glyphs_run)
     other = trained(tmp_path / "other", "--steps", 1)
     assert "--resume auto" in refused("--resume", glyphs_run, "--out", other)
     for flag, value in (("batch_size", 16), ("seed", 5), ("dataset", "solids"), ("model", "S")):
         assert flag in refused("--resume", glyphs_run, f"--{flag.replace('_', '-')}", value)
-
 
 def test_resume_survives_a_broken_log_and_keeps_counts(tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, {1, 3})
@@ -128,7 +122,6 @@ def test_resume_survives_a_broken_log_and_keeps_counts(tmp_path, monkeypatch, ca
     train.main(["--resume", str(out), "--steps", "5"])
     assert capsys.readouterr().out.count("an unreadable line is dropped") == 4
     assert [(r["step"], r["skipped"]) for r in log(out)] == [(1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
-
 
 def test_data_that_changed_since(tmp_path, capsys):
     """Class labels that mean other classes are refused; another number of items is said."""
@@ -144,12 +137,13 @@ def test_data_that_changed_since(tmp_path, capsys):
     trained(out, *flags, "--steps", 4, "--resume", "auto")
     assert "warning: 5 items, 6 before" in capsys.readouterr().out
 
-
 def test_sigterm_of_a_process_saves_and_auto_continues(tmp_path):
-    out, flags = tmp_path / "run", [*TINY, "--schedule", "constant", "--log-every", 1, "--sample-every", 10 ** 6]
+    out, flags = tmp_path / "run", [*TINY, "--schedule", "constant", "--log-every", 1, "--sample-every",
+                                    10 ** 6]
     process = start([ROOT / "train.py", *flags, "--steps", 100000, "--out", out])
     until = time.time() + 100
-    while time.time() < until and process.poll() is None and not ((out / "log.jsonl").exists() and len(log(out)) > 2):
+    while time.time() < until and process.poll() is None and not ((out / "log.jsonl").exists()
+                                                                  and len(log(out)) > 2):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     said, _ = finished(process)
@@ -158,19 +152,19 @@ def test_sigterm_of_a_process_saves_and_auto_continues(tmp_path):
     trained(out, *map(str, flags), "--steps", step + 2, "--resume", "auto")
     assert same_training(out, trained(tmp_path / "straight", *flags, "--steps", step + 2))
 
-
 @pytest.mark.parametrize("keep, expected", [(0, []), (2, [3, 4])])
 def test_keep(tmp_path, keep, expected):
     out = trained(tmp_path / "run", "--steps", 5, "--save-every", 1, "--keep", keep)
-    assert sorted(p.name for p in out.glob("*.pt*")) == sorted(["ckpt.pt"] + [f"ckpt-{s:07d}.pt" for s in expected])
+    assert sorted(p.name for p in out.glob("*.pt*")) == sorted(["ckpt.pt"]
+                                                               + [f"ckpt-{s:07d}.pt" for s in expected])
     assert ckpt(out)["step"] == 5 and all(ckpt(out / f"ckpt-{s:07d}.pt")["step"] == s for s in expected)
-
 
 # ---- Processes and accumulation ----
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A checkpoint of step 1 in which every gradient is alive: the zeros that a model starts with are random."""
+    """A checkpoint of step 1 in which every gradient is alive: the zeros that a model starts with are
+    random."""
     out = trained(tmp_path_factory.mktemp("base") / "run", "--steps", 1, "--schedule", "constant")
     state, g = ckpt(out), torch.Generator().manual_seed(0)
     for name, p in state["model"].items():
@@ -181,7 +175,6 @@ def base(tmp_path_factory):
         entry["exp_avg"].zero_()
     torch.save(state, out / "alive.pt")
     return out / "alive.pt"
-
 
 LAUNCH = """
 import functools, os, sys, torch
@@ -197,12 +190,10 @@ torch.save(kept[-1].state_dict(), os.path.join(where, f"rank{train.RANK}.pt"))
 """
 CONTINUE = ["--steps", 4, "--log-every", 1, "--save-every", 1, "--keep", 5, "--sample-every", 3]
 
-
 @pytest.fixture(scope="module")
 def alone(base, tmp_path_factory):
     """Steps 1 to 4 in one process without accumulation: what all the others must agree with."""
     return trained(tmp_path_factory.mktemp("alone") / "run", *CONTINUE, "--resume", base)
-
 
 def agrees(out, alone):
     """Same averaged gradient (Adam's first moment after one step from zero), same losses, same keys."""
@@ -218,21 +209,20 @@ def agrees(out, alone):
     assert state["model"].keys() == state["ema"].keys() == keys                # no prefix of a wrapper
     return state
 
-
 def test_accumulated_gradient_is_the_average(alone, base, tmp_path):
     agrees(trained(tmp_path / "run", *CONTINUE, "--resume", base, "--accumulate", 4), alone)
 
-
 def test_two_processes_under_torchrun(alone, base, tmp_path):
     out = tmp_path / "run"
-    said, _ = finished(start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "train.py",
+    said, _ = finished(start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                              ROOT / "train.py",
                               *TINY, *CONTINUE, "--resume", base, "--out", out, "--accumulate", 2]))
     assert said.count("resumed at step 1") == 1 and "8 = 2 processes x 2 micro-batches x 2" in said
     agrees(out, alone)
 
-
 def test_two_processes_with_another_local_rank_and_compile(alone, base, tmp_path):
-    """LOCAL_RANK does not choose the data, all ranks have the same average, and keys have no wrapper's prefix."""
+    """LOCAL_RANK does not choose the data, all ranks have the same average, and keys have no wrapper's
+    prefix."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -246,20 +236,20 @@ def test_two_processes_with_another_local_rank_and_compile(alone, base, tmp_path
     averages = [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert same(*averages) and same(averages[0], agrees(out, alone)["ema"])
 
-
 def test_draws_depend_on_step_and_place_alone():
-    """However a batch is cut, noise, times, drops and decoded pairs are the same, and have their distributions."""
+    """However a batch is cut, noise, times, drops and decoded pairs are the same, and have their
+    distributions."""
     whole = train.draw(3, 7, range(8), 50, 20, 0.5, "cpu")
     for cut in (range(0, 3), range(3, 8), [5]):
         for part, column in zip(train.draw(3, 7, cut, 50, 20, 0.5, "cpu"), whole):
             assert torch.equal(part, column[list(cut)])
     assert all(len(set(row)) == 20 and set(row) <= set(range(50)) for row in whole[3].tolist())
-    for other in (train.draw(3, 8, range(8), 50, 20, 0.5, "cpu"), train.draw(4, 7, range(8), 50, 20, 0.5, "cpu")):
+    for other in (train.draw(3, 8, range(8), 50, 20, 0.5, "cpu"),
+                  train.draw(4, 7, range(8), 50, 20, 0.5, "cpu")):
         assert not torch.equal(other[1], whole[1]) and not torch.equal(other[0], whole[0])
     u, eps, drop, query = train.draw(0, 0, range(2000), 10, 5, 0.1, "cpu")
     assert abs(u.mean() - 0.5) < 0.03 and abs(eps.std() - 1) < 0.02 and abs(drop.float().mean() - 0.1) < 0.03
     assert abs(torch.corrcoef(torch.stack([u, drop.float(), eps[:, 0, 0]]))[[0, 0, 1], [1, 2, 2]]).max() < 0.1
-
 
 # ---- Averaged weights ----
 
@@ -280,7 +270,6 @@ def test_ema_formula_and_buffers():
         assert ema.running_mean.tolist() == [7.0] * 3 and ema.num_batches_tracked == 9
     assert net.weight.tolist() == [5.0] * 3
 
-
 def test_ema_is_updated_once_per_optimizer_step(tmp_path, monkeypatch):
     calls, inner = [], train.update_ema
     monkeypatch.setattr(train, "update_ema", lambda ema, model, step, *rest: calls.append(step) or inner(
@@ -288,7 +277,6 @@ def test_ema_is_updated_once_per_optimizer_step(tmp_path, monkeypatch):
     state = ckpt(trained(tmp_path / "run", "--steps", 3, "--accumulate", 4, "--ema", 0.9))
     assert calls == [0, 1, 2]
     assert state["ema"].keys() == state["model"].keys() and not same(state["ema"], state["model"])
-
 
 # ---- Steps that are not finite ----
 
@@ -300,10 +288,10 @@ def poisoned(monkeypatch, steps, value=math.inf):
         return inner(net, coords, batch, step, *rest) + (value if step in steps else 0)
     monkeypatch.setattr(train, "micro_loss", micro_loss)
 
-
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch, capsys, value):
-    """Weights, average and optimizer stay as they were, whatever the gradient of the loss; the log counts it."""
+    """Weights, average and optimizer stay as they were, whatever the gradient of the loss; the log counts
+    it."""
     poisoned(monkeypatch, {3}, value)
     out = trained(tmp_path / "run", "--steps", 6, "--log-every", 2, "--save-every", 1, "--keep", 9)
     before, after, final = ckpt(out / "ckpt-0000003.pt"), ckpt(out / "ckpt-0000004.pt"), ckpt(out)
@@ -314,7 +302,6 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch, capsys,
     assert [(r["step"], r["skipped"]) for r in log(out)] == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
     assert [r["step"] for r in log(out) if r["loss"] is None] == [4]
     assert "1 steps up to 4 were not finite" in capsys.readouterr().out
-
 
 def test_a_non_finite_input_leaves_no_gradient(tmp_path, monkeypatch):
     inner, count = data.decode_values, []
@@ -327,7 +314,6 @@ def test_a_non_finite_input_leaves_no_gradient(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "decode_values", decode)
     out = trained(tmp_path / "run", *FLAGS, "--steps", 3)
     assert [r["skipped"] for r in log(out)] == [0, 1, 1]
-
 
 def test_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     """A diverged run stops with its last good checkpoint; scattered bad steps do not stop it."""
@@ -342,7 +328,6 @@ def test_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     assert ckpt(out)["step"] == 4 and log(out)[-1]["skipped"] == 3
     assert all(p.isfinite().all() for p in ckpt(out)["model"].values())
 
-
 # ---- Faults ----
 
 def test_a_full_disk_is_told_and_the_save_is_tried_again(tmp_path, monkeypatch, capsys):
@@ -351,8 +336,8 @@ def test_a_full_disk_is_told_and_the_save_is_tried_again(tmp_path, monkeypatch, 
     out = trained(tmp_path / "run", *FLAGS, "--steps", 6)
     said = capsys.readouterr().out
     assert said.count("the next interval tries again") == 1 and same_training(out, straight)
-    assert sorted(p.name for p in out.glob("*.pt*")) == ["ckpt-0000002.pt", "ckpt.pt"] and losses(out) == losses(straight)
-
+    assert sorted(p.name for p in out.glob("*.pt*")) == ["ckpt-0000002.pt",
+                                                         "ckpt.pt"] and losses(out) == losses(straight)
 
 def test_a_failed_last_save_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     out = trained(tmp_path / "run", "--steps", 2)
@@ -369,7 +354,6 @@ def test_a_failed_last_save_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     trained(out, "--steps", 4, "--resume", out)
     assert sample.read_checkpoint(out)["step"] == 4
 
-
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
     """Also damage that torch does not notice: one flipped bit."""
     out = trained(tmp_path / "run", *FLAGS, "--steps", 6, "--keep", 2)
@@ -383,7 +367,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caps
     assert same_training(out, straight) and losses(out) == losses(straight)
     assert sorted(p.name for p in out.glob("*.pt")) == ["ckpt-0000002.pt", "ckpt-0000004.pt", "ckpt.pt"]
 
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_vanishes_is_told_after_a_save(tmp_path, monkeypatch, workers):
     """The steps since the last checkpoint are kept, and the loss of a step that never was is in no log: with
@@ -393,19 +376,20 @@ def test_data_that_vanishes_is_told_after_a_save(tmp_path, monkeypatch, workers)
              "--steps", 12, "--workers", workers, "--accumulate", 2, "--log-every", 4]
     straight = trained(tmp_path / "straight", *flags)
     at_step(monkeypatch, 3, lambda: os.rename(tmp_path / "set", tmp_path / "away"))
-    with pytest.raises((ValueError, OSError), match=r"\.png.*; step \d+ is saved, continue with --resume auto"):
+    with pytest.raises((ValueError, OSError),
+                       match=r"\.png.*; step \d+ is saved, continue with --resume auto"):
         trained(tmp_path / "run", *flags)
     assert ckpt(tmp_path / "run")["step"] >= 4
     os.rename(tmp_path / "away", tmp_path / "set")
     trained(tmp_path / "run", *flags, "--resume", "auto")
     assert same_training(tmp_path / "run", straight) and losses(tmp_path / "run")[-1] == losses(straight)[-1]
 
-
 def test_a_killed_data_process_is_told(tmp_path, monkeypatch):
     images(tmp_path / "set", 3)
 
     def kill():
-        pids = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+        pids = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True,
+                              text=True)
         for pid in map(int, pids.stdout.split()):
             try:
                 if b"python" in open(f"/proc/{pid}/cmdline", "rb").read():
@@ -414,10 +398,10 @@ def test_a_killed_data_process_is_told(tmp_path, monkeypatch):
                 pass
     at_step(monkeypatch, 3, kill)
     with pytest.raises(ValueError, match=r"a data process was killed.*; step \d+ is saved"):
-        trained(tmp_path / "run", *FLAGS, "--save-every", 1000, "--sample-every", 1000, "--dataset", "folder", "--data",
+        trained(tmp_path / "run", *FLAGS, "--save-every", 1000, "--sample-every", 1000, "--dataset", "folder",
+                "--data",
                 tmp_path / "set", "--res", 16, "--steps", 1000, "--workers", 1)
     assert ckpt(tmp_path / "run")["step"] >= 3
-
 
 def test_skip_bad_counts_in_the_log(tmp_path):
     images(tmp_path / "set", 6)
@@ -427,47 +411,49 @@ def test_skip_bad_counts_in_the_log(tmp_path):
         trained(tmp_path / "stops", *flags)
     assert [r["left_out"] for r in log(trained(tmp_path / "run", *flags, "--skip-bad"))] == [1, 1]
 
-
 # ---- The run directory, data sets and options ----
 
 def test_sampling_changes_nothing(tmp_path):
     """Sheets leave random state, mode and weights of training alone; every one has the same seeds."""
     flags = ["--steps", 4, "--save-every", 2, "--log-every", 2]
-    often, never = trained(tmp_path / "often", *flags, "--sample-every", 1), trained(tmp_path / "never", *flags)
+    often, never = trained(tmp_path / "often", *flags, "--sample-every", 1), trained(tmp_path / "never",
+                                                                                     *flags)
     assert same_training(often, never) and losses(often) == losses(never)
     sheets = sorted(p.name for p in often.glob("samples-*.png"))
-    assert sheets == [f"samples-{s:07d}.png" for s in range(1, 5)] and len([*never.glob("samples-*.png")]) == 1
+    assert sheets == [f"samples-{s:07d}.png"
+                      for s in range(1, 5)] and len([*never.glob("samples-*.png")]) == 1
     width, height = Image.open(often / sheets[0]).size
     assert width > 1.5 * height and Image.open(often / "loss.png").size == (720, 360)
 
-
 def test_checkpoint_describes_itself(glyphs_run, solids_run):
-    for run, classes, normalisation, solver in ((glyphs_run, 36, None, "euler"), (solids_run, 7, "box", "sde")):
+    for run, classes, normalisation, solver in ((glyphs_run, 36, None, "euler"),
+                                                (solids_run, 7, "box", "sde")):
         config = ckpt(run)["config"]
         assert len(config["class_names"]) == classes and config["normalisation"] == normalisation
-        assert config["sampling"]["solver"] == solver and json.loads((run / "config.json").read_text()) == config
+        assert config["sampling"]["solver"] == solver and json.loads((run
+                                                                      / "config.json").read_text()) == config
         assert set(ckpt(run)) == {"model", "ema", "optimizer", "step", "config"}
     (group,) = ckpt(glyphs_run)["optimizer"]["param_groups"]
     assert tuple(group["betas"]) == (0.9, 0.999) and group["eps"] == 1e-8 and group["weight_decay"] == 0
     assert len(group["params"]) == len(ckpt(glyphs_run)["model"])              # no parameter is left out
-
 
 def test_class_names_and_null_class_come_from_the_data(tmp_path):
     for name in ("dog", "ant", "cow"):
         images(tmp_path / "three" / name, 3)
     flags = ["--dataset", "folder", "--data", tmp_path / "three", "--res", 16, "--steps", 2]
     state = ckpt(trained(tmp_path / "a", *flags))
-    assert state["config"]["class_names"] == ["ant", "cow", "dog"] and state["model"]["classes.weight"].shape == (4, 32)
+    assert state["config"]["class_names"] == ["ant", "cow",
+                                              "dog"] and state["model"]["classes.weight"].shape == (4, 32)
     state = ckpt(trained(tmp_path / "b", *flags, "--no-labels"))
     assert state["config"]["class_names"] == [] and "classes.weight" not in state["model"]
 
-
-VARIANTS = [["--encoder", "linear"], ["--encoder", "perceiver", "--no-qk-norm"], ["--path", "vp", "--times", "uniform"],
+VARIANTS = [["--encoder", "linear"], ["--encoder", "perceiver", "--no-qk-norm"],
+            ["--path", "vp", "--times", "uniform"],
             ["--path", "cosine", "--rope", "--levels", "2"], ["--encoder-heads", "8", "--dtype", "bfloat16"],
-            ["--grad-checkpoint", "--deterministic"], ["--drop", "0", "--beta2", "0.9", "--clip", "1", "--warmup", "0"],
+            ["--grad-checkpoint", "--deterministic"],
+            ["--drop", "0", "--beta2", "0.9", "--clip", "1", "--warmup", "0"],
             ["--dataset", "solids", "--points", "64", "--encoder", "hash"],
             ["--solver", "heun", "--guidance", "1.5", "--seed", "3"]]
-
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=" ".join)
 def test_variants_train(tmp_path, flags):
@@ -482,14 +468,15 @@ def test_variants_train(tmp_path, flags):
             stored = settings[flag[2:].replace("-", "_")]
             assert type(stored)(value) == stored
 
-
 WRONG = {"--dataset folder": "--data", "--dataset npz": "--data", "--dataset shapenet": "--data",
-         "--dataset imagenet256": "--data", "--dataset folder --data gone": "gone", "--accumulate 3": "--batch-size 8",
-         "--decode 1025": "--decode 1025", "--model point-tiny": "point-tiny", "--dataset solids --model tiny": "tiny",
+         "--dataset imagenet256": "--data", "--dataset folder --data gone": "gone",
+         "--accumulate 3": "--batch-size 8",
+         "--decode 1025": "--decode 1025", "--model point-tiny": "point-tiny",
+         "--dataset solids --model tiny": "tiny",
          "--res 34": "34", "--heads 5": "heads", "--encoder hash": "hash", "--levels 3": "levels",
          "--encoder perceiver --rope": "rope", "--ema 1.0": "--ema", "--drop 1.5": "--drop", "--lr 0": "--lr",
-         "--device abacus": "--device abacus", "--flip": "--flip", "--encoder linear --encoder-heads 4": "encoder_heads"}
-
+         "--device abacus": "--device abacus", "--flip": "--flip",
+         "--encoder linear --encoder-heads 4": "encoder_heads"}
 
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_flags_end_in_one_line(tmp_path, words):
@@ -498,18 +485,17 @@ def test_wrong_flags_end_in_one_line(tmp_path, words):
     assert WRONG[words] in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
-
-@pytest.mark.parametrize("words", ["--model M", "--dataset mnist", "--steps 0", "--batch-size many", "--what", "--seed -1"])
+@pytest.mark.parametrize("words",
+                         ["--model M", "--dataset mnist", "--steps 0", "--batch-size many", "--what",
+                          "--seed -1"])
 def test_flags_that_argparse_refuses(words, capsys):
     with pytest.raises(SystemExit) as caught:
         train.main(words.split())
     assert caught.value.code == 2 and words.split()[0] in capsys.readouterr().err
 
-
 def test_exit_status_and_one_line_on_stderr(tmp_path):
     _, err = finished(start([ROOT / "train.py", "--dataset", "folder", "--out", tmp_path / "run"]), status=2)
     assert err.count("\n") == 1 and err.startswith("train.py: ") and "--data" in err
-
 
 # ---- Schedules, recipes, and what the host waits for ----
 
@@ -520,10 +506,10 @@ def test_learning_rate():
     expected = [2.0, 1 + math.cos(math.pi / 4), 1.0, 0.0, 0.0]
     assert [train.learning_rate(args, s) for s in (0, 25, 50, 100, 150)] == pytest.approx(expected)
 
-
 def test_recipes_are_the_papers():
     """Sec. 4 and App. A of the paper."""
-    shared = dict(lr=1e-4, warmup=0, schedule="constant", beta2=0.999, clip=2.0, ema=0.999, drop=0.1, path="linear",
+    shared = dict(lr=1e-4, warmup=0, schedule="constant", beta2=0.999, clip=2.0, ema=0.999, drop=0.1,
+                  path="linear",
                   times="uniform")
     table = {   # model, resolution or points, decoded pairs, batch, steps, solver, sampling steps, guidance
         "imagenet128": ("XL", 128, 4096, 512, 1_700_000, "euler", 100, 1.5),
@@ -535,7 +521,8 @@ def test_recipes_are_the_papers():
     }
     for name, row in table.items():
         r = train.RECIPES[name]
-        assert (r["model"], r.get("res") or r["points"], r["decode"], r["batch_size"], r["steps"], r["solver"],
+        assert (r["model"], r.get("res") or r["points"], r["decode"], r["batch_size"], r["steps"],
+                r["solver"],
                 r["sampling_steps"], r["guidance"]) == row, name
         assert {k: r[k] for k in shared} == shared, name
     for name, r in train.RECIPES.items():
@@ -544,9 +531,9 @@ def test_recipes_are_the_papers():
         size = dict(points=r["points"]) if "points" in r else dict(res=r.get("res", 32))
         assert train.configure(args, 1, **size).width
 
-
 def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch):
-    """Nothing in a step reads a number back to the host, or a shape from the data: on a GPU each would be a wait."""
+    """Nothing in a step reads a number back to the host, or a shape from the data: on a GPU each would be a
+    wait."""
     seen, active = [], []
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero")
 

@@ -21,7 +21,6 @@ from metrics.weights import sha256
 from sample import natural, positive, run_main
 from tools.pack import CORES, in_parallel
 
-
 def datasets(path):
     """What is in a path: [(split, dataset), ...]."""
     if path.suffix == ".npz" or (path / "manifest.json").exists():
@@ -36,13 +35,11 @@ def datasets(path):
         return [(split, ShapeNet(path, 1, split, labels=True)) for split in splits]
     return [("", Folder(path))]
 
-
 def look(items, k):
     """SHA-256 and size of an item."""
     dataset, i = items[k]
     array = dataset.read(i)[0] if dataset.domain == "points" else dataset.item(i)[0]
     return hashlib.sha256(array.tobytes()).digest(), array.shape[-2::-1]
-
 
 def check(path, least=None, workers=0):
     """Prints what is wrong, and the classes; returns how many items are wrong."""
@@ -78,7 +75,6 @@ def check(path, least=None, workers=0):
     print(f"{path}: {len(items)} items; {summary}")
     return wrong.total()
 
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("path", help="what train.py takes as --data: images, clouds, or a packed set")
@@ -86,7 +82,6 @@ def main(argv=None):
     p.add_argument("--workers", type=natural, default=CORES, help=f"processes (default: one a core, {CORES})")
     args = p.parse_args(argv)
     sys.exit(1 if check(args.path, args.least, args.workers) else 0)
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -31,7 +31,6 @@ from toys import SPLITS, Solids, on_surface
 GREY = 200                      # of a triangle without a colour
 POLYGON = re.compile(r"(?m)^f(?: +\S+){4,} *$")
 
-
 def read_mesh(path):
     """The surface in a file, in its own units: triangles float64 (T,3,3), colours uint8 (T,3) or None."""
     with reading(path, f"a surface, in one of {' '.join(READERS)}"), warnings.catch_warnings():
@@ -50,7 +49,6 @@ def read_mesh(path):
         return triangles, None
     grey = [np.full((len(part), 3), GREY, np.uint8) for part in placed]
     return triangles, np.concatenate([b if a is None else a for a, b in zip(colours, grey)])
-
 
 def colours_of(mesh):
     """uint8 (T,3): the texture at the middle or the material, in glTF times the mean of the corners; else
@@ -77,7 +75,6 @@ def colours_of(mesh):
         colours = colours * corners[faces, :3].mean(1) / largest
     return (255 * colours).round().astype(np.uint8)
 
-
 def first_corners(points, polygons):
     """Of polygons, lists of places in points, the first corner whose fan faces one way, and so fills also a
     concave one. trimesh makes fans from corner 0."""
@@ -97,13 +94,11 @@ def first_corners(points, polygons):
                 raise ValueError("found a concave face that no fan of triangles fills")
     return first
 
-
 def fans(points, polygons):
     """Polygons as triangles (T,3), and the polygon of each (T,)."""
     turned = [[*polygon[k:], *polygon[:k]] for polygon, k in zip(polygons, first_corners(points, polygons))]
     owner = [i for i, polygon in enumerate(turned) for _ in polygon[2:]]
     return [(polygon[0], *edge) for polygon in turned for edge in zip(polygon[1:], polygon[2:])], owner
-
 
 class Files(dict):
     """What trimesh reads by name: what is put here, else a file in FOLDER or ../ (ShapeNet's textures)."""
@@ -112,7 +107,6 @@ class Files(dict):
         return Path(self["FOLDER"], name.replace("\\", "/")).read_bytes()
 
     get = dict.__getitem__
-
 
 def by_trimesh(path, content=None, kind=None, files=None):
     """The meshes of a file, or of content made of it, and where they stand in its scene: matrices (4,4)."""
@@ -123,7 +117,6 @@ def by_trimesh(path, content=None, kind=None, files=None):
     placed = [scene.graph[node] for node in scene.graph.nodes_geometry]
     parts = [(scene.geometry[name], matrix) for matrix, name in placed]
     return [part for part in parts if hasattr(part[0], "faces")]
-
 
 def read_obj(path):
     """trimesh is given one library, no comments, tabs or continued lines, and polygons from `first_corners`.
@@ -146,7 +139,6 @@ def read_obj(path):
         text = POLYGON.sub(lambda _: next(turned), text)
     return by_trimesh(path, text.encode("utf-8", "replace"), "obj", files)
 
-
 def read_off(path):
     """Without trimesh, which drops its colours. ModelNet's counts follow the word OFF without a space."""
     import trimesh
@@ -167,7 +159,6 @@ def read_off(path):
             setattr(mesh.visual, attribute, np.array(words, float if "." in str(words) else np.uint8))
     return [(mesh, np.eye(4))]
 
-
 def read_ply(path):
     try:
         parts = by_trimesh(path)
@@ -183,7 +174,6 @@ def read_ply(path):
     if mesh.visual.kind != "texture" and first_corners(mesh.vertices, polygons).any():
         mesh.faces = fans(mesh.vertices, polygons)[0]
     return parts
-
 
 def read_gltf(path):
     """The JSON is changed; what follows it in a .glb becomes the buffer of a .gltf."""
@@ -205,10 +195,8 @@ def read_gltf(path):
                 raise ValueError("found normalised integers, which trimesh does not scale")
     return by_trimesh(path, json.dumps(tree).encode(), "gltf", files)
 
-
 READERS = {".obj": read_obj, ".off": read_off, ".ply": read_ply, ".stl": by_trimesh, ".glb": read_gltf,
            ".gltf": read_gltf}
-
 
 # ---- Jobs: (source, split, class, name) of every surface; source is a file, or (split, i) of the solids ---
 
@@ -239,18 +227,15 @@ def jobs_of(args):
         raise ValueError(f"{args.src}: found no meshes; expected files of {' '.join(READERS)}")
     return [(file, *place) for place, file in jobs.items()]
 
-
 def surface_of(source):
     if isinstance(source, tuple):
         return Solids(split=source[0]).surface(source[1]), None
     return read_mesh(source)
 
-
 def cloud_of(job, points, triangles):
     """Points uniform by area, drawn by a generator of the job's split, class and name alone."""
     seed = 104, *os.fsencode("/".join(job[1:]))                # toys.py and data.py have 101 to 103
     return on_surface(triangles, np.random.default_rng(seed).random((points, 3)))
-
 
 def is_there(path, points):
     """Whether the cloud was written before."""
@@ -258,14 +243,12 @@ def is_there(path, points):
         raise ValueError(f"{path}: found another number of points; expected {points}, or another directory")
     return path.exists()
 
-
 def write_cloud(job, dst, points):
     path = Path(dst, job[2], job[1], f"{job[3]}.npy")
     if not is_there(path, points):
         cloud = cloud_of(job, points, surface_of(job[0])[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, partial(np.save, arr=cloud))
-
 
 def run(write, args, **options):
     """write(job, dst, points) of every job; prints how many there are of each class and split."""
@@ -282,7 +265,6 @@ def run(write, args, **options):
         print(f"{kind} {split}: {count}")
     print(f"{done.total()} of {len(jobs)} meshes in {args.dst}, {args.points} points each")
 
-
 def parser(text, points):
     p = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("src", help=f"directory of meshes ({' '.join(READERS)}), or solids:SPLIT of toys.py")
@@ -295,10 +277,8 @@ def parser(text, points):
     p.add_argument("--workers", type=natural, default=CORES, help=f"processes (default: one a core, {CORES})")
     return p
 
-
 def main(argv=None):
     run(write_cloud, parser(__doc__, 15000).parse_args(argv))
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -26,14 +26,12 @@ SAVE_EVERY = 4096               # images: 0.8 GB at 256 x 256
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 TYPES = {"jpg": "jpeg", "jpe": "jpeg", "jfif": "jpeg", "tif": "tiff"}
 
-
 def attempt(function, item):
     """function(item), or what is wrong with the item: raised in a worker, it would come as a traceback."""
     try:
         return function(item)
     except (ValueError, OSError) as error:
         return ValueError(str(error))
-
 
 def in_parallel(function, items, workers, unit):
     """Yields attempt(function, item) of every item, in order, with a progress bar."""
@@ -43,7 +41,6 @@ def in_parallel(function, items, workers, unit):
         yield from tqdm(results, total=len(items), unit=unit)
     except RuntimeError as error:
         raise OSError(f"{error}; fewer --workers need less memory") from None
-
 
 def pack(src, dst, res, labels=True, workers=0):
     """Writes dst, or what is missing of it; returns its manifest."""
@@ -70,7 +67,6 @@ def pack(src, dst, res, labels=True, workers=0):
         fill(source, dst / "images.npy", manifest, workers)
     return manifest
 
-
 def fill(source, path, manifest, workers):
     """Writes the images from number `done` on."""
     done, shape = manifest["done"], (len(source), source.res, source.res, 3)
@@ -93,7 +89,6 @@ def fill(source, path, manifest, workers):
     manifest["sha256"] = sha256(path)
     write_json(path.with_name("manifest.json"), manifest)
 
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("src", help="directory of images, .zip or lmdb")
@@ -104,7 +99,6 @@ def main(argv=None):
     args = p.parse_args(argv)
     found = pack(args.src, args.dst, args.res, not args.no_labels, args.workers)
     print(f"{found['count']} images, {len(found['class_names'])} classes: --data {args.dst} --res {args.res}")
-
 
 if __name__ == "__main__":
     run_main(main)

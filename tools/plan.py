@@ -22,7 +22,6 @@ from sample import positive, run_main  # noqa: E402
 H100_FLOPS = 989e12       # dense bfloat16 of the SXM card (NVIDIA's data sheet)
 STATE = 20                # bytes of a parameter: weight, gradient, two of Adam, average
 
-
 class Alive(TorchDispatchMode):
     """Counts what the results of operations occupy together while they live; `peak` is the most of it."""
     bytes = peak = 0
@@ -40,7 +39,6 @@ class Alive(TorchDispatchMode):
                 self.add(storage.nbytes())
                 weakref.finalize(storage, self.add, -storage.nbytes())
         return out
-
 
 def activation_bytes(cfg, decoded, batch, grad_checkpoint=False):
     """Most bytes that a training step in bfloat16 holds at once besides STATE. Its backward pass goes to the
@@ -60,7 +58,6 @@ def activation_bytes(cfg, decoded, batch, grad_checkpoint=False):
                 loss = cicfm_loss(model, coords, x0, eps, torch.empty(batch), query, tokens=tokens)
             torch.autograd.grad(loss, eps)
     return alive.peak
-
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,7 +82,6 @@ FLOPs          {flops / 1e9:.1f} GFLOP forward a sample, {total / 1e18:.4g} EFLO
 steps          {args.steps:,} of {args.batch_size} samples, {args.steps * args.batch_size / 1e6:,.1f}M samples
 memory a GPU   {state / 1e9:.1f} GB state + {activations / 1e9:.1f} GB activations of {micro} samples
 time           {total / rate / 86400:,.1f} days on {own.gpus} H100 at {own.utilisation:g} of 989 TFLOP/s""")
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -23,12 +23,10 @@ import sample  # noqa: E402
 
 BAND = 2 ** 20            # queries of a band; their state and noise are some 100 MB
 
-
 def pixels(model, setting, index, box, size):
     """The pixels in a box (x0, y0, x1, y1) of sample `index`, drawn at a size, as an image."""
     x, _ = sample.draw(model, setting, [index], size, box)
     return Image.fromarray(sample.to_pixels(x[0], box[3] - box[1], box[2] - box[0]))
-
 
 def poster(model, setting, index, path, rows=None):
     """One image in bands of `rows` rows (default: as many as BAND allows, in whole tiles), streamed into
@@ -54,7 +52,6 @@ def poster(model, setting, index, path, rows=None):
         parts.rmdir()
     sample.wait_for_all()
 
-
 def stream_png(f, width, height, bands):
     """One PNG from bands of rows: 8-bit RGB, every row less the row above (filter 2 of ISO 15948)."""
     def chunk(kind, body):
@@ -69,7 +66,6 @@ def stream_png(f, width, height, bands):
         chunk(b"IDAT", deflate.compress(rows))
     chunk(b"IDAT", deflate.flush())
     chunk(b"IEND", b"")
-
 
 def zoom(model, setting, index, path, at, views=4, finer=4):
     """Views of one sample around `at`, each `finer` times finer than the one before, side by side."""
@@ -86,20 +82,17 @@ def zoom(model, setting, index, path, at, views=4, finer=4):
         pictures.append(np.asarray(picture))
     sample.write_png(path, sample.grid_image(pictures, columns=views))
 
-
 def corner(at, size, height, width):
     """The upper left corner of the box of this height and width that lies around `at` in an image of that
     size."""
     rows = zip(at, size[::-1], (width, height))
     return [min(max(round(share * big - side / 2), 0), big - side) for share, big, side in rows]
 
-
 def place(text):
     x, y = map(float, text.split(","))
     if not (0 <= x <= 1 and 0 <= y <= 1):
         raise ValueError
     return x, y
-
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,7 +127,6 @@ def main(argv=None):
         elif not path.exists():
             poster(model, setting, index, path)
         sample.print0(f"{path}")
-
 
 if __name__ == "__main__":
     sample.run_main(main)

@@ -23,14 +23,12 @@ from tools import meshes
 # are scaled into the unit sphere, the largest that is seen whole: asin(1 / 3.5) = 16.6 < 20 degrees.
 FIELD, EYES = math.radians(40), 3.5 / math.sqrt(2) * np.array([(1.0, 0, 1), (-1.0, 0, -1)])
 
-
 def camera(eye):
     """Right, up and forward of a camera at `eye` that looks at the origin, y up: rows of a (3,3)."""
     forward = -eye / np.linalg.norm(eye)
     right = np.cross(forward, (0, 1, 0))
     right /= np.linalg.norm(right)
     return np.stack([right, np.cross(right, forward), forward])
-
 
 def render(triangles, colours=None, size=448):
     """Views of a surface (T,3,3) in the unit sphere from EYES: uint8 (2,S,S,3), white behind.
@@ -55,7 +53,6 @@ def render(triangles, colours=None, size=448):
         palette = np.concatenate([colours * shade[:, None], np.full((1, 3), 255.0)])   # -1: nothing there
         views.append(palette[seen].reshape(size, 2, size, 2, 3).mean((1, 3)).round().astype(np.uint8))
     return np.stack(views)
-
 
 def rasterise(x, y, near, side):
     """Which triangle each pixel sees: int64 (side,side), -1 for none.
@@ -95,7 +92,6 @@ def rasterise(x, y, near, side):
         size *= 2
     return seen.reshape(side, side)
 
-
 def write_views(job, dst, points, size):
     """Writes the views, then the point cloud, in units of the surface's own box."""
     stem = Path(dst, *job[1:])
@@ -107,13 +103,11 @@ def write_views(job, dst, points, size):
             write_atomic(f"{stem}-{i}.png", partial(Image.fromarray(view).save, format="PNG"))
         write_atomic(f"{stem}.npy", partial(np.save, arr=meshes.cloud_of(job, points, triangles)))
 
-
 def main(argv=None):
     p = meshes.parser(__doc__, 32768)
     p.add_argument("--size", type=positive, default=448, help="side of a view in pixels (default: 448)")
     args = p.parse_args(argv)
     meshes.run(write_views, args, size=args.size)
-
 
 if __name__ == "__main__":
     run_main(main)

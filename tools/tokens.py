@@ -27,7 +27,6 @@ from sample import natural, positive, read_checkpoint, run_main, write_atomic, w
 from tools.pack import CORES, in_parallel
 from tools.render import EYES, FIELD, camera
 
-
 def rays(views=2, size=448):
     """Plucker coordinates (d, o x d), |d| = 1, of the ray from the eye o through the centre of each patch,
     row by row: float32 (V,n,6)."""
@@ -41,13 +40,11 @@ def rays(views=2, size=448):
         found.append(np.concatenate([way, np.cross(eye, way)], 1))
     return np.stack(found).astype(np.float32)
 
-
 def patches(views):
     """The pixels of each patch, in [-1,1]: uint8 (V,S,S,3) -> float32 (V,n,588)."""
     V, S = views.shape[:2]
     cells = views.reshape(V, S // PATCH, PATCH, S // PATCH, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
     return (cells / np.float32(127.5) - 1).reshape(V, (S // PATCH) ** 2, -1)
-
 
 def features(kind, weights=None, device="cpu"):
     """A function uint8 (V,S,S,3) -> float32 (V,n,C), and the SHA-256 of its weights."""
@@ -57,21 +54,17 @@ def features(kind, weights=None, device="cpu"):
     net = dinov2.load(path).to(device)
     return lambda views: net(torch.from_numpy(views).to(device)).float().cpu().numpy(), sha256(path)
 
-
 def read_views(files, size):
     """Image files, cropped and resized as training images are: uint8 (V,S,S,3)."""
     return np.stack([fit(read_image(file), size) for file in files])
-
 
 def tokens(views, extract):
     """uint8 (V,S,S,3) -> float32 (V n, C + 6)."""
     return np.concatenate(np.concatenate([extract(views), rays(*views.shape[:2])], 2))
 
-
 def read_object(stem, size):
     """The views and the cloud that tools/render.py wrote."""
     return read_views([f"{stem}-{i}.png" for i in range(len(EYES))], size), read_cloud(f"{stem}.npy")
-
 
 def of_objects(src, dst, spec, extract, workers):
     stems = [file.removesuffix("-0.png") for file in find_files(src, {".png"}) if file.endswith("-0.png")]
@@ -93,7 +86,6 @@ def of_objects(src, dst, spec, extract, workers):
         write_atomic(out[stem], partial(np.savez, xyz=found[1], cond_token=cond_token))
     print(f"{len(stems)} objects in {dst}, {len(todo)} of them new")
 
-
 def of_image(files, ckpt, out, weights=None, device="cpu"):
     spec = read_checkpoint(ckpt)["config"]["tokens"]
     if spec is None or len(files) > spec["views"]:
@@ -104,7 +96,6 @@ def of_image(files, ckpt, out, weights=None, device="cpu"):
     cond_token = tokens(read_views(files, spec["size"]), extract)
     write_atomic(out, partial(np.savez, cond_token=cond_token))
     print(f"{len(cond_token)} tokens: python sample.py --ckpt {ckpt} --tokens {out}")
-
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,7 +117,6 @@ def main(argv=None):
     extract, digest = features(args.features, args.weights, args.device)
     spec = dict(features=args.features, size=args.size, views=len(EYES), weights_sha256=digest)
     of_objects(args.src, args.dst, spec, extract, args.workers)
-
 
 if __name__ == "__main__":
     run_main(main)
