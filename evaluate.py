@@ -5,7 +5,6 @@ sample.py; an .npz, read into memory (arr_0 or images uint8 (S,H,W,3); statistic
 (S,P,3)); a .npy or LION's .pt of point clouds (S,P,3); a data set, NAME or NAME:SPLIT. X may be a checkpoint.
 
     python evaluate.py stats --data Y --res R --out ref.npz      reference statistics of images
-    python evaluate.py upscale --fake RUN --real Y --times 4     Tab. 9: finer than the training resolution
 
 In order: scores and METRICS; the paper's figures; sets; features; commands; flags. A new metric is a function
 in metrics/, and here its score function and a row of METRICS. S items, P points, d features, b in a batch.
@@ -30,7 +29,7 @@ from PIL import Image
 
 import data
 import sample
-from metrics import clip, clouds, frechet, inception, pointnet, ulip, weights
+from metrics import clip, clouds, frechet, inception, pointnet, references, ulip, weights
 from metrics.precision_recall import precision_recall
 from sample import RANK, WORLD, natural, positive, print0, wait_for_all, write_atomic, write_json
 
@@ -266,64 +265,29 @@ def sampled_set(path, args):
     return file_set(path, files, data.read_cloud if scale else data.read_image, args, normalisation=scale,
                     dataset=None if record["crop"] else key, record=record)
 
-ENLARGE = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
-
 def sized(item, args):
-    """A point cloud or image; with --res an image is cropped and resized as in training, after --enlarge."""
+    """A point cloud or image; with --res an image is cropped and resized as in training."""
     item, res = np.asarray(item), args.res
     if not res or item.dtype != np.uint8 or item.shape[:2] == (res, res):
         return item
-    image = Image.fromarray(item)
-    if args.enlarge and min(image.size) < res:
-        size = [round(side * res / min(image.size)) for side in image.size]
-        image = image.resize(size, ENLARGE[args.enlarge])
-    return data.fit(image, res)
+    return data.fit(Image.fromarray(item), res)
 
-def array_set(path, array, args, **more):
-    """An array in one file: uint8 images (S,H,W[,3]) or floating point clouds (S,P,3)."""
-    if array.dtype == np.uint8 and array.ndim == 3:
-        array = np.broadcast_to(array[..., None], (*array.shape, 3))
-    image, form = array.dtype == np.uint8, (array.dtype.kind, array.ndim, array.shape[-1:])
-    if not image and form != ("f", 3, (3,)) or image and form[1:] != (4, (3,)) or 0 in array.shape:
-        raise ValueError(f"{path}: found {array.dtype} {array.shape}; expected point clouds, floats (S,P,3), "
-                         f"or images (pictures), uint8 (S,H,W,3)")
-    kind, domain = (np.uint8, "image") if image else (np.float32, "points")
-    return Set(str(path), domain, len(array), lambda i: sized(array[i].astype(kind), args), [path],
-               sha256=weights.sha256(path), **more)
-
-def npy_set(path, args):
-    with data.reading(path, "a plain .npy array"):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array_set(path, array, args)
-
-def npz_set(path, args):
-    """ADM's, Point-E's, `images`, and statistics: ADM's, clean-fid's of CLIP, or of `stats`."""
+def array_set(path, args):
+    """A file of arrays, or of statistics alone."""
     known = [key for row in METRICS.values() for key in row.statistics] + ["features"]
-    expected = "images or arr_0, or statistics mu, sigma"
-    with data.reading(path, expected), np.load(path, allow_pickle=False) as file:
-        statistics = {key: file[key] for key in known if key in file}
-        record = json.loads(str(file["meta"])) if "meta" in file else {}
-        array = next((file[key] for key in ("images", "arr_0") if key in file), None)
-        if array is None and not statistics:
-            raise ValueError(f"found {', '.join(file.files[:8])}")
-    if len(statistics.get("mu", ())) == 512:                           # clean-fid's files of CLIP features
-        statistics.update(mu_clip=statistics.pop("mu"), sigma_clip=statistics.pop("sigma"))
-    if array is not None:
-        return array_set(path, array, args, record=record, statistics=statistics)
-    return Set(str(path), "image", record=record, statistics=statistics, sha256=weights.sha256(path))
+    with data.reading(path, references.EXPECTED):
+        found = references.read(path, known)
+    array = found.array
+    if array is None:
+        return Set(str(path), "image", record=found.record, statistics=found.statistics,
+                   sha256=weights.sha256(path))
+    kind, domain = (np.uint8, "image") if array.dtype == np.uint8 else (np.float32, "points")
+    return Set(str(path), domain, len(array), lambda i: sized(array[i].astype(kind), args), [path],
+               "global" if found.affine else None,
+               ("shapenet", found.category) if found.category in TABLE4 else None, found.record,
+               found.statistics, found.affine, weights.sha256(path))
 
-def tensor_set(path, args):
-    """LION's reference files {ref (S,P,3), mean (S,1,3), std (S,1,1)} and its samples, a tensor (S,P,3)."""
-    with data.reading(path, "tensors: (S,P,3), or LION's `ref`, `mean`, `std`"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content = content if isinstance(content, dict) else {"ref": content}
-        array = content["ref"].float().numpy()
-        affine = [content[key].float().numpy() for key in ("mean", "std") if key in content]
-    category = path.stem.removeprefix("ref_val_").removeprefix("PF2_val_")             # LION's names
-    return array_set(path, array, args, affine=affine, normalisation="global" if affine else None,
-                     dataset=("shapenet", category) if category in TABLE4 else None)
-
-FILES = {".npz": npz_set, ".npy": npy_set, ".pt": tensor_set, ".pth": tensor_set, ".zip": image_set}
+FILES = {**dict.fromkeys((".npz", ".npy", ".pt", ".pth"), array_set), ".zip": image_set}
 
 def stack(items):
     """All point clouds of a Set: float32 (S,P,3)."""
@@ -559,35 +523,12 @@ def print_table(columns):
         figures = (f"{column[name]:18.4f}" if name in column else f"{'-':>18}" for column in columns.values())
         print(f"{name} {unit}".ljust(14), *figures)
 
-def changed(args, **values):
-    return argparse.Namespace(**{**vars(args), **values})
-
-def upscale(args):
-    """Tab. 9: samples drawn --times finer than trained, against enlargements of the same seeds' samples."""
-    if not (is_checkpoint(args.fake) and args.real) or args.res or args.enlarge or args.out:
-        raise ValueError("upscale: expected --fake with a checkpoint or run directory, and --real; it "
-                         "chooses --res, --enlarge and --out itself")
-    model, checkpoint = sample.load(args.fake, "raw" if args.raw else "ema")
-    if model.cfg.domain != "image":
-        raise ValueError(f"--fake {args.fake}: draws point clouds; upscale is for images")
-    count, res, results = args.n or open_set(args.real, args, "--real").count, args.times * model.cfg.res, {}
-    fine, coarse = (draw(changed(args, res=side), model, checkpoint, count) for side in (res, None))
-    for arm, fake, how in (("drawn", fine, None), *((how, coarse, how) for how in ENLARGE)):
-        print0(f"\n{arm}:")
-        out = Path(args.json).with_suffix(f".{arm}.json")
-        results[arm] = evaluate(changed(args, fake=fake.source, enlarge=how, res=res, json=str(out)))
-    if RANK == 0:
-        print(f"\n{count} samples of a model trained at {model.cfg.res} pixels, at {res}")
-        print_table({arm: result["metrics"] for arm, result in results.items()} | PAPER["ffhq256", 512])
-        write_json(args.json, results)
-    return results
-
 def stats(args):
     """Reference statistics of a set of images, every one exactly once."""
     if not args.data or not str(args.out).endswith(".npz"):
         raise ValueError(f"stats --data {args.data} --out {args.out}: expected a name that ends in .npz")
     args.fake = args.real = args.data
-    real = open_set(args.data, changed(args, data=None), "--data")
+    real = open_set(args.data, args, "--data")
     if real.domain != "image" or not real.count:
         raise ValueError(f"--data {args.data}: found {real.domain}, {real.count} items; expected images")
     real.count = min(real.count, args.n or real.count)
@@ -611,7 +552,7 @@ def stats(args):
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument
-    flag("command", nargs="?", choices=("stats", "upscale"))
+    flag("command", nargs="?", choices=("stats",))
     flag("--fake", help="the samples, or a checkpoint to draw them from")
     flag("--real", help="the reference")
     flag("--dataset", choices=[*data.DATASETS, *FOLDERS], help="the same as --real NAME")
@@ -626,7 +567,6 @@ def parser():
     flag("--cache", default=str(weights.cache_directory()), help="of weights and pairs of clouds")
     flag("--resize", choices=inception.RESIZES, default="tf1", help="for Inception (default: tf1, ADM's)")
     flag("--res", type=positive, help="crop and resize images to this side, as training does")
-    flag("--enlarge", choices=ENLARGE, help="images smaller than --res, by this filter")
     flag("--n", "--samples", type=positive, help="samples to draw or read; items of an endless data set")
     flag("--k", type=positive, default=3, help="neighbour of precision and recall (default: 3)")
     flag("--emd", choices=[*clouds.DISTANCES][1:], default="lion", help="default: lion, the paper's scale")
@@ -637,7 +577,6 @@ def parser():
     flag("--batch", type=positive, help="items at a time (default: 64 on CUDA, 8 on the CPU)")
     flag("--workers", type=positive, default=torch.get_num_threads(), help="threads (default: one a core)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    flag("--times", type=positive, default=4, help="upscale: how much finer than trained (default: 4)")
     flag("--raw", action="store_true", help="draw from the last weights, not the averaged ones")
     flag("--seed", type=natural, default=0, help="this and the next: as in sample.py")
     flag("--solver", choices=sample.SOLVERS)
@@ -653,11 +592,9 @@ def main(argv=None):
         raise ValueError("--fake is missing: samples (a directory or file), or a checkpoint to draw from")
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"{out}: expected the name of a file, in a directory that exists")
-    if args.enlarge and not args.res:
-        raise ValueError(f"--enlarge {args.enlarge}: --res is missing, the side to enlarge to")
     args.device = sample.start_processes(args.device, "gloo")
     torch.backends.cudnn.allow_tf32 = False                            # TF32 moves FID
-    return {"stats": stats, "upscale": upscale, None: evaluate}[args.command](args)
+    return stats(args) if args.command else evaluate(args)
 
 if __name__ == "__main__":
     sample.run_main(main)

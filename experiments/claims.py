@@ -1,19 +1,19 @@
 """The paper's claims, as far as two CPU cores can try them: python experiments/claims.py NAME [--data ...]
 
-| NAME     | the paper                                           | compared here, equal steps and seeds       |
-|----------|-----------------------------------------------------|--------------------------------------------|
-| latents  | Tab. 8: spatial latents 7.03, PerceiverIO 65.09     | as many parameters, two learning rates     |
-| decoded  | Fig. 3b: decoding fewer pairs saves FLOPs           | 1/16 to all pairs; at 1/4's FLOPs          |
-| widths   | Fig. 3a: larger models are better                   | width 64, 128, 256                         |
-| linear   | App. B: ASFT-linear is a cheap variant              | spatial, linear                            |
-| switches | multi-level decoding, RoPE, logit-normal t, QK-norm | one at a time                              |
-| ours     | not in the paper                                    | heads, windows, latents in the query       |
-| defaults | not in the paper: the CPU recipe                    | learning rate, schedule, EMA's warm-up     |
-| sampling | Sec. 4: guidance, solver, steps                     | one model, quality against evaluations     |
-| upscale  | Tab. 9: drawn at 4x 23.09, bicubic 24.34            | trained at 32, against true 64 and 128     |
-| clouds   | Tab. 4: 1-NNA, COV, MMD                             | the CPU recipe, training shapes, baselines |
-| settings | not in the paper: the CPU recipe of clouds          | learning rate, distribution of t           |
-| dense    | Fig. 4b: 50 x denser clouds                         | 100,000 points against 2,048 of the same   |
+| NAME     | the paper                                       | compared here, equal steps and seeds       |
+|----------|-------------------------------------------------|--------------------------------------------|
+| latents  | Tab. 8: spatial latents 7.03, PerceiverIO 65.09 | as many parameters, two learning rates     |
+| decoded  | Fig. 3b: decoding fewer pairs saves FLOPs       | 1/16 to all pairs; at 1/4's FLOPs          |
+| widths   | Fig. 3a: larger models are better               | width 64, 128, 256                         |
+| linear   | App. B: ASFT-linear is a cheap variant          | spatial, linear                            |
+| switches | levels, RoPE, logit-normal t, QK-norm           | one at a time                              |
+| ours     | not in the paper                                | heads, windows, latents in the query       |
+| defaults | not in the paper: the CPU recipe                | learning rate, schedule, EMA's warm-up     |
+| sampling | Sec. 4: guidance, solver, steps                 | one model, quality against evaluations     |
+| upscale  | Tab. 9: drawn at 4x 23.09, bicubic 24.34        | trained at 32, against true 64 and 128     |
+| clouds   | Tab. 4: 1-NNA, COV, MMD                         | the CPU recipe, training shapes, baselines |
+| settings | not in the paper: the CPU recipe of clouds      | learning rate, distribution of t           |
+| dense    | Fig. 4b: 50 x denser clouds                     | 100,000 points against 2,048 of the same   |
 
 Images: --data is an .npz with `images` and `labels` (default: 10,000 of the built-in glyphs); four fifths are
 trained on, the rest is held out. Frechet distance, precision and recall are of 96 features of a classifier

@@ -214,27 +214,6 @@ def test_two_processes_agree_with_one(image_run):
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-2) and two["protocol"]["processes"] == 2
     assert two["protocol"]["real_sha256"] == one["protocol"]["real_sha256"]
 
-def test_upscale_compares_with_enlargements_of_the_same_samples(image_run, monkeypatch, capsys):
-    """If the arms were not the same seeds, or the enlargement another than Pillow's."""
-    seen, inner = [], evaluate.extract
-
-    def extract(task, side, *rest):
-        if side == "fake":
-            seen.append([task.fake.item(i) for i in range(3)])
-        return inner(task, side, *rest)
-    monkeypatch.setattr(evaluate, "extract", extract)
-    words = ["--real", "glyphs:val", "--n", "6", "--steps", "2", *MINE, "--metrics", "fd"]
-    results = run("upscale", "--fake", image_run, "--times", 2, *words, "--json", "up.json")
-    assert list(results) == ["drawn", "bilinear", "bicubic"] == list(json.loads(Path("up.json").read_text()))
-    assert "trained at 32 pixels, at 64" in capsys.readouterr().out
-    assert len({result["metrics"]["fd"] for result in results.values()}) == 3
-    small = Image.open(Path(results["bicubic"]["protocol"]["fake"]) / "000001.png")
-    assert small.size == (32, 32) and np.shape(seen[0][0]) == (64, 64, 3)
-    for pixels, how in zip(seen[1:], (Image.BILINEAR, Image.BICUBIC)):
-        assert (pixels[1] == np.asarray(small.resize((64, 64), how))).all()
-    with pytest.raises(ValueError, match="--res is missing"):
-        run("--fake", image_run, "--enlarge", "bicubic", *words)
-
 def test_clouds_of_every_source_agree():
     """If .npy, folders, .ply, LION's files or an npz were read differently, or twin files counted twice."""
     a, b = shapes(), shapes(seed=1, scale=(1, 2, 1))

@@ -34,7 +34,7 @@ def test_the_plan_needs_neither_data_nor_gpu(capsys, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="3 processes"):
         plan.main(["--dataset", "imagenet256", "--gpus", "3"])
 
-@pytest.mark.parametrize("name", ["bench", "chaos", "claims", "glyph_report"])
+@pytest.mark.parametrize("name", ["bench", "chaos", "claims", "glyph_report", "upscale"])
 def test_experiments_start(name):
     run = subprocess.run([sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"],
                          capture_output=True, text=True)
@@ -55,3 +55,19 @@ def test_a_claim_runs_whole_and_is_not_done_twice(tmp_path, monkeypatch):
     before = result.stat().st_mtime_ns
     claims.main(words)
     assert result.with_suffix(".png").exists() and result.stat().st_mtime_ns >= before
+
+def test_upscale_compares_with_enlargements_of_the_same_samples(glyphs_run, tmp_path, monkeypatch, capsys):
+    """If the arms were not the same seeds, or the enlargement another than Pillow's."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    upscale = importlib.import_module("upscale")
+    monkeypatch.chdir(tmp_path)
+    out, own = tmp_path / "up", ["--features", "glyph_report:textures", "--metrics", "fd"]
+    words = ["--ckpt", str(glyphs_run), "--real", "glyphs:val", "--n", "6", "--steps", "2", "--times", "2"]
+    upscale.main([*words, "--out", str(out), *own])
+    assert "trained at 32 pixels, at 64" in capsys.readouterr().out
+    small, fine = (Image.open(out / side / "000001.png") for side in ("32", "64"))
+    assert small.size == (32, 32) and fine.size == (64, 64)
+    for name, how in (("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC)):
+        enlarged = Image.open(out / name / "000001.png")
+        assert (np.asarray(enlarged) == np.asarray(small.resize((64, 64), how))).all()
+        assert (out / f"metrics-{name}.json").exists()
