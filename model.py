@@ -162,6 +162,12 @@ class ASFT(nn.Module):
                 nn.init.normal_(table, std=0.02)
         for stem in (module for module in self.modules() if isinstance(module, Stem)):
             stem[0].reset_parameters()
+        for attention in (block.attention for block in self.decoder):
+            # queries and latents carry the same features of the place: a decoder whose keys start as its
+            # queries looks at the latents nearby, not at all alike (ours; docs/results.md, plateau)
+            attention.kv.weight.data[:self.cfg.width] = attention.q.weight.data
+            if self.cfg.qk_norm:
+                nn.init.constant_(attention.q_norm.weight, 2.0)
         modulations = [block.modulation for block in (*self.trunk, *self.decoder)]
         for layer in (*modulations, self.head_modulation, self.head):
             nn.init.zeros_(layer.weight)

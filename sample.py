@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -113,11 +114,13 @@ DIFFUSIONS = {"sigma": sigma, "sbdm": sbdm}
 class Velocity:
     """Guided velocity v_null + g (v_cond - v_null) of a state whose first `context` pairs are the context.
     One of its `calls` is one encoder pass, then the decoder in chunks; guidance 1 runs the conditional pass
-    alone. progress(share) hears of each chunk as a share of a call."""
+    alone. progress(share) hears of each chunk as a share of a call. Of queries that are a `grid` (height,
+    width, stride) only those that `interpolated` asks for are decoded."""
 
     def __init__(self, model, coords, context, label=None, tokens=None, guidance=1.0, chunk=None,
-                 progress=None):
+                 progress=None, grid=None, refine=0.0):
         self.model, self.coords, self.context, self.guidance = model, coords, context, guidance
+        self.grid, self.refine = grid, refine
         self.label, self.tokens, self.progress, self.calls = label, tokens, progress, 0
         # a CPU is fastest while the activations of a chunk stay in its cache, a GPU when it is filled
         self.chunk = chunk or (4096 if model.device.type == "cpu" else 65536)
@@ -133,50 +136,98 @@ class Velocity:
         context = None if coords is None else coords[:self.context]                      # (N, 2)
         levels = self.model.encode(context, x[:, :self.context], t, label, tokens, drop)  # K x (2B, L, D)
         prepared = self.model.prepare(levels, t, label, drop)
-        out, m = torch.empty_like(x), max(1, self.chunk // B)
-        for i in range(0, x.shape[1], m):
-            some = None if coords is None else coords[i:i + m]                           # (m, 2)
-            v = self.model.decode(prepared, some, x[:, i:i + m]).float()                 # (2B, m, 3)
-            if self.guided:
-                cond, null = v.chunk(2)
-                v = null + self.guidance * (cond - null)                                 # (B, m, 3)
-            out[:, i:i + m] = v
+        out = torch.empty_like(x)
+
+        def decode(pairs):                                             # fills in the velocities of some pairs
+            for some in pairs.split(max(1, self.chunk // B)):
+                place = None if coords is None else coords[some]                         # (m, 2)
+                v = self.model.decode(prepared, place, x[:, some]).float()               # (2B, m, 3)
+                if self.guided:
+                    cond, null = v.chunk(2)
+                    v = null + self.guidance * (cond - null)                             # (B, m, 3)
+                out[:, some] = v
+                if self.progress:
+                    self.progress(v.shape[1] / x.shape[1])
+        pairs = torch.arange(x.shape[1], device=x.device)
+        if self.grid is None:
+            decode(pairs)
+        else:
+            decode(pairs[:self.context])
+            decoded = self.context + self.interpolated(pairs[self.context:], out, decode)
             if self.progress:
-                self.progress(v.shape[1] / x.shape[1])
+                self.progress(1 - decoded / len(pairs))
         return out
+
+    def interpolated(self, pairs, out, decode):
+        """Decodes the corners of cells of stride x stride pixels and one pixel in the middle of each. Where
+        that differs from the mean of its corners by at most `refine`, the velocities between are
+        interpolated; the pixels of all other cells are decoded. A cell rests on nothing outside of it.
+        Returns how many pairs were decoded."""
+        height, width, s = self.grid
+        pairs = pairs.view(height, width)
+        corners = pairs[::s, ::s]                                                        # (h, w)
+        h, w = corners.shape[0] - 1, corners.shape[1] - 1                                # whole cells
+        middles = pairs[s // 2::s, s // 2::s][:h, :w]
+        decode(torch.cat([corners.flatten(), middles.flatten()]))
+        v = out[:, corners].movedim(3, 1)                                                # (B, 3, h+1, w+1)
+        wrong = (F.avg_pool2d(v, 2, 1).movedim(1, 3) - out[:, middles]).abs()            # (B, h, w, 3)
+        rough = (wrong > self.refine).any(3).any(0)                                      # (h, w)
+        v = F.interpolate(v, (h * s + 1, w * s + 1), mode="bilinear", align_corners=True)
+        inside = pairs[:h * s, :w * s]
+        out[:, inside] = v[:, :, :-1, :-1].movedim(1, 3)
+        exact = torch.ones(height, width, dtype=torch.bool, device=v.device)
+        exact[:h * s, :w * s] = rough.repeat_interleave(s, 0).repeat_interleave(s, 1)
+        decode(pairs[exact])
+        return corners.numel() + middles.numel() + int(exact.sum())
 
 @torch.no_grad()
 def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=None, guidance=1.0, chunk=None,
-             progress=None, solver="euler", **solver_options):
+             progress=None, noise="white", noise_length=4.0, refine=0.0, solver="euler", **solver_options):
     """Samples `indices` of a seed: (B, M, 3) float32 on the model's device, and the NFE.
 
     size: (height, width) of images, a number of points, or None for the training resolution; part: a box (x0,
     y0, x1, y1) of its pixels, or a run (start, stop) of its points, None for all. label (B,) int64; tokens
-    (B, T, token_dim). solver_options are those of the solver, with names of PATHS and DIFFUSIONS."""
+    (B, T, token_dim). noise: one of NOISES, that of the queries; noise_length: of coupled noise on images, in
+    training pixels; refine: with coupled noise, velocities of an image much finer than trained are
+    interpolated where that is off by at most so much (see `Velocity.interpolated`), one sample at a time.
+    solver_options are those of the solver, with names of PATHS and DIFFUSIONS."""
     cfg, image, options = model.cfg, model.cfg.domain == "image", solver_options
     N, trained = (cfg.res ** 2, (cfg.res, cfg.res)) if image else (cfg.points, cfg.points)
     size = trained if size is None else tuple(size) if image else size
     part = part or ((0, 0, size[1], size[0]) if image else (0, size))
-    apart = size != trained                                            # there are queries beyond the context
+    apart = size != trained or noise != "white"                        # there are queries beyond the context
+    wanted, grid, stride = part, None, cell_size(cfg, size) if image and noise == "coupled" else 0
+    if stride and refine:                                              # whole cells, with all their corners
+        part = [place // stride * stride for place in part[:2]]
+        part += [min(end, -(-stop // stride) * stride + 1) for stop, end in zip(wanted[2:], size[::-1])]
+        grid = part[3] - part[1], part[2] - part[0], stride
 
-    def noise(*key):                                                   # (B, N, 3), or (B, N + M, 3)
-        start = [torch.stack([gaussian((0, N), seed, i, "context", *key) for i in indices])]
-        if apart:
-            start.append(torch.stack([gaussian(part, seed, i, size, *key) for i in indices]))
-        return torch.cat(start, 1).to(model.device)
+    def draw_noise(*key):                                              # (B, N, 3), or (B, N + M, 3)
+        parts = [torch.stack([gaussian((0, N), seed, i, "context", *key) for i in indices])]
+        if apart and noise == "coupled" and image:
+            cells = max(1, round(cfg.res / noise_length))
+            parts.append(torch.stack([smooth(size, part, cells, seed, i, noise, *key) for i in indices]))
+        elif apart and noise == "coupled" and key == ("start",):
+            parts.append(torch.stack([sobol(part, seed, i, noise) for i in indices]))
+        elif apart:
+            parts.append(torch.stack([gaussian(part, seed, i, size, *key) for i in indices]))
+        return torch.cat(parts, 1).to(model.device)
 
     coords = None
     if image:
         queries = [image_coords(*size, box=part)] if apart else []
         coords = torch.cat([image_coords(cfg.res), *queries]).to(model.device)
-    velocity = Velocity(model, coords, N, label, tokens, guidance, chunk, progress)
-    supplied = dict(noise=lambda i: noise("sde", i), control=N)
+    velocity = Velocity(model, coords, N, label, tokens, guidance, chunk, progress, grid, refine)
+    supplied = dict(noise=lambda i: draw_noise("sde", i), control=N)
     options |= {k: v for k, v in supplied.items() if k in inspect.signature(SOLVERS[solver]).parameters}
     for name, table in (("path", PATHS), ("diffusion", DIFFUSIONS)):
         if name in options:
             options[name] = table[options[name]]
-    x = SOLVERS[solver](velocity, noise("start"), **options)
-    if apart:
+    x = SOLVERS[solver](velocity, draw_noise("start"), **options)
+    if grid:
+        x, (x0, y0) = x[:, N:].unflatten(1, grid[:2]), part[:2]
+        x = x[:, wanted[1] - y0:wanted[3] - y0, wanted[0] - x0:wanted[2] - x0].flatten(1, 2)
+    elif apart:
         x = x[:, N:]
     elif image:
         x = x.unflatten(1, size)[:, part[1]:part[3], part[0]:part[2]].flatten(1, 2)
@@ -186,6 +237,7 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
 
 # ---- Noise
 
+NOISES = "white", "coupled"
 RUN, TILE = 4096, 64      # points share a generator in runs, the pixels of an image in square tiles
 
 def generator(*key, device="cpu"):
@@ -206,15 +258,44 @@ def gaussian(part, *key):
         rows.append(torch.cat(row, 1))
     return torch.cat(rows)[y0 - top:y1 - top, x0 - left:x1 - left].flatten(0, 1)
 
+def cell_size(cfg, size):
+    """Pixels along a cell of `Velocity.interpolated`: a power of two, a quarter of a training pixel at most;
+    0 where that is less than two pixels."""
+    finer = min(size) // (4 * cfg.res)
+    return 2 ** (finer.bit_length() - 1) if finer > 1 else 0
+
+def smooth(size, part, cells, *key):
+    """A smooth Gaussian field over the unit square at the pixels of a box: (M, 3), each standard normal.
+    White noise on cells x cells, interpolated by a Gaussian of half a cell and divided by the root of the sum
+    of squared weights: a function of the place, so that it is one field at every resolution."""
+    grid, (x0, y0, x1, y1) = torch.randn(cells, cells, 3, generator=generator(*key)), part
+
+    def weights(start, stop, side):
+        place = (torch.arange(start, stop) + 0.5) * (cells / side)                       # in cells
+        weight = torch.exp(-2 * (place[:, None] - torch.arange(cells) - 0.5) ** 2)       # (pixels, cells)
+        return weight / weight.norm(dim=1, keepdim=True)
+    rows = torch.einsum("yi,ijc->yjc", weights(y0, y1, size[0]), grid)
+    return torch.einsum("xj,yjc->yxc", weights(x0, x1, size[1]), rows).flatten(0, 1)
+
+def sobol(part, *key):
+    """A run of scrambled Sobol points through the inverse normal CDF: (M, 3), each standard normal, together
+    more even than independent ones."""
+    seed = generator(*key).initial_seed() % 2 ** 31
+    engine = torch.quasirandom.SobolEngine(3, scramble=True, seed=seed).fast_forward(part[0])
+    u = engine.draw(part[1] - part[0], dtype=torch.float64)
+    return torch.special.ndtri(u + 2.0 ** -31).float()                 # they are multiples of 2^-30, 0 too
+
 # ---- Samples as files: 000000.png, or .npy, .ply and a preview .png; samples.json tells the setting
 
 DEFAULTS = dict(evaluations=100, rtol=1e-3, atol=1e-3, diffusion="sigma", last=0.004)      # of solvers
 AT_ONCE = 2 ** 20         # queries of a batch: their state and noise are some 100 MB
 
 def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=None, guidance=None,
-            solver=None, options=(), dtype="auto"):
+            solver=None, options=(), dtype="auto", noise=None, noise_length=None,
+            refine=None):
     """The whole setting of some samples as JSON values, with the recipe's where none is given."""
-    config, recipe, image = checkpoint["config"], checkpoint["config"]["sampling"], cfg.domain == "image"
+    config, image = checkpoint["config"], cfg.domain == "image"
+    recipe = dict(noise="white", noise_length=4.0, refine=0.0) | config["sampling"]
     names, solver, options = config["class_names"], solver or recipe["solver"], dict(options)
     if guidance not in (None, 1) and not (names or tokens):
         raise ValueError(f"--guidance {guidance}: there are neither classes nor --tokens to guide by")
@@ -227,17 +308,22 @@ def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=No
     x0, y0, x1, y1 = crop or (0, 0, width, height)
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise ValueError(f"--crop {crop}: expected x0,y0,x1,y1, x0 < x1 <= {width} and y0 < y1 <= {height}")
+    noise_length = recipe["noise_length"] if noise_length is None else noise_length
+    refine = recipe["refine"] if refine is None else refine
+    if not (noise_length > 0 and refine >= 0):
+        raise ValueError(f"--noise-length {noise_length}, --refine {refine}: expected > 0 and >= 0")
     if guidance is None:
         guidance = recipe["guidance"] if names or tokens else 1.0
     return json.loads(json.dumps(dict(
         ckpt_sha256=checkpoint["sha256"], step=checkpoint["step"], weights=checkpoint["weights"],
         dataset=config["settings"].get("dataset"), category=config["settings"].get("category"), size=size,
         crop=crop, shape=(y1 - y0, x1 - x0), seed=seed, classes=parse_classes(classes, names), tokens=tokens,
-        guidance=guidance, solver=solver, options={k: known[k] for k in takes} | options,
-        dtype=dtype)))
+        guidance=guidance, solver=solver, options={k: known[k] for k in takes} | options, dtype=dtype,
+        noise=noise or recipe["noise"], noise_length=noise_length, refine=refine)))
 
-def sample(model, checkpoint, n=16, out=None, batch=None, chunk=None, npz=False, **wishes):
+def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=False, **wishes):
     """Writes n samples of a loaded checkpoint (see `load`), or this process's share; returns their directory.
+    n: None is 16, or as many as have a million queries in all.
     wishes: arguments of `resolve`: size and crop as size and part of `generate`, classes by name or index and
     taken in turn, tokens a path for `read_tokens`. Samples of the same setting that exist are skipped."""
     image, names, device = model.cfg.domain == "image", checkpoint["config"]["class_names"], model.device
@@ -246,6 +332,10 @@ def sample(model, checkpoint, n=16, out=None, batch=None, chunk=None, npz=False,
     if queries > 16 * AT_ONCE:
         raise ValueError(f"{queries:,} queries: at most {16 * AT_ONCE:,}; tools/poster.py draws more")
     tokens = read_tokens(setting["tokens"], model.cfg) if setting["tokens"] else None
+    if n is None:
+        n = max(1, min(16, AT_ONCE // queries))
+        if n < 16:
+            print0(f"{n} of 16 samples, since they are larger than trained: --n gives more")
     rows = [dict(file=f"{i:06d}.{'png' if image else 'npy'}", index=i) for i in range(n)]
     for i, row in enumerate(rows if names else ()):
         row.update(label=classes[i % len(classes)], class_name=names[classes[i % len(classes)]])
@@ -257,8 +347,16 @@ def sample(model, checkpoint, n=16, out=None, batch=None, chunk=None, npz=False,
     todo = begin(out, record, setting)
 
     batch = batch or max(1, min(64, AT_ONCE // queries))
+    refined = image and setting["refine"] > 0 and setting["noise"] == "coupled"
+    if refined and cell_size(model.cfg, setting["size"]):
+        batch = 1                                                      # each has its own pixels to decode
     calls = (options.get("steps") or options["evaluations"]) * (2 if setting["solver"] == "heun" else 1)
     print0(f"{n} samples at {tag}, step {setting['step']}, {setting['weights']} weights, {device}, to {out}")
+    if todo and RANK == 0:
+        given = torch.stack(tokens[:1]).to(device) if tokens else None
+        seconds = len(todo) * calls * seconds_of_a_call(model, setting, queries, given)
+        about = "at most" if refined else "about"
+        print0(f"{about} {seconds:.0f} s: {len(todo)} x {calls} evaluations of {queries:,} queries")
     started, bar = time.time(), progress_bar(len(todo), "sample")
     for mine in (todo[i:i + batch] for i in range(0, len(todo), batch)):
         given = torch.stack([tokens[i % len(tokens)] for i in mine]).to(device) if tokens else None
@@ -282,11 +380,24 @@ def draw(model, setting, indices, size=None, part=None, **more):
         label = torch.tensor([classes[i % len(classes)] for i in indices], device=model.device)
     with autocast(model.device, setting["dtype"], "float32"):
         x, nfe = generate(model, indices, setting["seed"], size or setting["size"], part or setting["crop"],
-                          label, guidance=setting["guidance"], solver=setting["solver"], **more,
-                          **setting["options"])
+                          label, solver=setting["solver"], **setting["options"], **more,
+                          **{name: setting[name] for name in ("guidance", "noise", "noise_length", "refine")})
     if not x.isfinite().all():
         raise ValueError(f"the {setting['weights']} weights of step {setting['step']}: non-finite samples")
     return x.float().cpu(), nfe
+
+def seconds_of_a_call(model, setting, queries, tokens):
+    """What one velocity of one sample takes, judged by an Euler step of some 4,096 queries."""
+    height, width = setting["shape"]
+    few = min(queries, 4096)
+    part = (0, 0, width, max(1, few // width)) if model.cfg.domain == "image" else (0, few)
+    once, taken = dict(setting, solver="euler", options={"steps": 1}, refine=0.0, noise="white"), []
+    for _ in range(2):                                                 # the first also warms up
+        began = time.time()
+        x, _ = draw(model, once, [0], setting["size"], part, tokens=tokens)
+        taken.append(time.time() - began)
+    context = model.cfg.res ** 2 if model.cfg.domain == "image" else model.cfg.points
+    return min(taken) * (context + queries) / (context + x.shape[1])
 
 def begin(out, record, setting):
     """Makes the directory and returns the samples missing there, this process's share of them."""
@@ -534,7 +645,7 @@ def parser():
     flag("--ckpt", help="checkpoint file or run directory (default: the newest in runs/)")
     flag("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights (default: ema)")
     # torchrun takes --n in its script's flags for its own --nnodes, hence the second name
-    flag("--n", "--samples", type=positive, default=16, help="number of samples (default: 16)")
+    flag("--n", "--samples", type=positive, help="number of samples (default: 16, fewer of large ones)")
     flag("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="names or indices, in turn")
     flag("--seed", type=natural, default=0)
     flag("--res", help="images: side, HEIGHTxWIDTH, or 4x, times the training resolution (default: 1x)")
@@ -542,6 +653,10 @@ def parser():
     flag("--points", type=positive, help="point clouds: number of points (default: that of training)")
     flag("--tokens", metavar="PATH", help="condition tokens, .npz or a directory of them (tools/tokens.py)")
     flag("--guidance", type=float, help="classifier-free guidance scale; 1 is none (default: the recipe's)")
+    flag("--noise", choices=NOISES, help="of the queries (default: the recipe's)")
+    flag("--noise-length", type=float, help="images: of coupled noise, in training pixels")
+    flag("--refine", type=float, help="large images, coupled noise: velocities are interpolated where that "
+         "is off by no more (default: the recipe's); 0 decodes every pixel")
     flag("--solver", choices=SOLVERS, help="default: the recipe's")
     flag("--steps", type=positive, help="of euler, heun, sde (default: the recipe's)")
     flag("--evaluations", type=positive, help="dopri5: at most so many (default: 100)")
@@ -569,7 +684,8 @@ def main(argv=None):
     return sample(model, checkpoint, args.n, args.out, args.batch, args.chunk, args.npz, seed=args.seed,
                   size=parse_size(args.res or "1x", model.cfg) if image else args.points, crop=args.crop,
                   classes=args.classes, tokens=args.tokens, guidance=args.guidance, solver=args.solver,
-                  options=options, dtype=args.dtype)
+                  options=options, dtype=args.dtype, noise=args.noise, noise_length=args.noise_length,
+                  refine=args.refine)
 
 if __name__ == "__main__":
     run_main(main)

@@ -26,24 +26,26 @@ from PIL import Image, ImageDraw
 
 import data
 from model import ASFT, ENCODERS, PATHS, PRESETS, TIMES, cicfm_loss, config, image_coords
-from sample import (RANK, SOLVERS, WORLD, autocast, checkpoints, draw_points, generate, generator, grid_image,
-                    natural, positive, print0, progress_bar, read_checkpoint, run_main, start_processes,
-                    to_pixels, write_atomic, write_json, write_png)
+from sample import (NOISES, RANK, SOLVERS, WORLD, autocast, checkpoints, draw_points, generate, generator,
+                    grid_image, natural, positive, print0, progress_bar, read_checkpoint, run_main,
+                    start_processes, to_pixels, write_atomic, write_json, write_png)
 
 # ---- Recipes: every value is a default that a flag of the same name overrides ------------------------------
 
 # App. A of the paper
 PAPER = dict(lr=1e-4, warmup=0, schedule="constant", ema=0.999, clip=2.0, drop=0.1, path="linear",
-             times="uniform", beta2=0.999, flip=False, solver="euler", sampling_steps=100, guidance=1.0)
+             times="uniform", beta2=0.999, flip=False, solver="euler", sampling_steps=100, guidance=1.0,
+             noise="white", noise_length=4.0, refine=0.0)
 IMAGENET = dict(PAPER, loader="folder", model="XL", batch_size=512, steps=1_700_000, guidance=1.5, flip=True)
 SCENES = dict(PAPER, loader="folder", model="B", res=256, decode=8192, batch_size=256, steps=1_000_000,
               flip=True, labels=False)
 SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=10_000, lr=2e-3, warmup=100,
-             schedule="cosine", times="logit-normal", sampling_steps=50, guidance=2.0)       # two CPU cores
+             schedule="cosine", times="logit-normal", sampling_steps=50, guidance=2.0, noise="coupled",
+             noise_length=1.0, refine=0.1)                                                                     # two CPU cores
 SMALL_POINTS = dict(SMALL, model="point-tiny", times="uniform", steps=6000, points=512, decode=512,
-                    solver="sde", sampling_steps=250)
+                    solver="sde", sampling_steps=250, noise="white")
 RECIPES = {
-    "glyphs": dict(SMALL, loader="glyphs", res=32, lr=3e-3),
+    "glyphs": dict(SMALL, loader="glyphs", res=32, lr=3e-3, noise_length=4.0),
     "solids": dict(SMALL_POINTS, loader="solids"),
     "folder": dict(SMALL, loader="folder", res=32),
     "npz": dict(SMALL, loader="npz"),
@@ -95,6 +97,9 @@ FLAGS = {
     "solver": (None, SOLVERS, "default of sample.py for this run"),
     "sampling_steps": (None, positive, "default of sample.py for this run"),
     "guidance": (None, float, "default of sample.py for this run"),
+    "noise": (None, NOISES, "of the queries: default of sample.py for this run"),
+    "noise_length": (None, float, "of coupled noise, in training pixels: default of sample.py for this run"),
+    "refine": (None, float, "default of sample.py for this run"),
     "seed": (0, natural, "of weights, data order and noise"),
     "device": ("auto", str, "auto, cpu, cuda or cuda:N"),
     "dtype": ("auto", ("auto", "float32", "bfloat16"), "auto: bfloat16 autocast where the processor has it"),
@@ -112,7 +117,7 @@ FLAGS = {
     "max_bad_steps": (20, positive, "stop after so many non-finite steps in a row"),
 }
 RANGES = dict(ema=(0, 0.9999999), drop=(0, 1), beta2=(0, 0.999999), lr=(1e-12, 1), clip=(1e-6, 1e9),
-              guidance=(0, 1e3))
+              guidance=(0, 1e3), noise_length=(1e-3, 1e6), refine=(0, 1e3))
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,7 +217,8 @@ def main(argv=None):
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     run = dict(model=asdict(cfg), class_names=dataset.class_names, items=len(dataset), path=args.path,
-               sampling=dict(solver=args.solver, steps=args.sampling_steps, guidance=args.guidance),
+               sampling=dict(solver=args.solver, steps=args.sampling_steps, guidance=args.guidance,
+                             noise=args.noise, noise_length=args.noise_length, refine=args.refine),
                normalisation="box" if cfg.domain == "points" else None, tokens=getattr(dataset, "spec", None),
                settings=vars(args))
     records = open_run(out, run, ckpt) if RANK == 0 else []
@@ -454,7 +460,8 @@ def sample_sheet(path, model, ema, args, dataset, device, n=16):
     for net in (ema.eval(), model.eval()):
         with autocast(device, args.dtype, cpu_dtype()):
             x, _ = generate(net, range(n), args.seed, label=label, tokens=tokens, guidance=args.guidance,
-                            steps=min(25, args.sampling_steps))
+                            steps=min(25, args.sampling_steps), noise=args.noise,
+                            noise_length=args.noise_length)
         for values in x.float().cpu():
             points = cfg.domain == "points"
             tiles.append(draw_points(values.numpy()) if points else to_pixels(values, cfg.res, cfg.res))

@@ -34,7 +34,7 @@ def test_the_plan_needs_neither_data_nor_gpu(capsys, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="3 processes"):
         plan.main(["--dataset", "imagenet256", "--gpus", "3"])
 
-@pytest.mark.parametrize("name", ["bench", "chaos", "claims", "glyph_report", "upscale"])
+@pytest.mark.parametrize("name", ["bench", "chaos", "claims", "glyph_report", "noise", "upscale"])
 def test_experiments_start(name):
     run = subprocess.run([sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"],
                          capture_output=True, text=True)

@@ -237,6 +237,21 @@ def test_gates_modulations_and_output_start_at_zero(variant):
         zero = "modulation" in name or name.startswith("head.") or name.endswith("bias")
         assert p.any() == (not zero or any(p is bias for bias in stems)), name
 
+def test_the_decoder_starts_local():
+    """If a query did not look at the latents around it before training: keys start as queries, gain 2."""
+    torch.manual_seed(0)
+    net = asft.ASFT(asft.config("tiny"))
+    block, attention = net.decoder[0], net.decoder[0].attention
+    assert torch.equal(attention.kv.weight[:128], attention.q.weight) and (attention.q_norm.weight == 2).all()
+    centres, coords = asft.image_coords(8), asft.image_coords(32)
+    with torch.no_grad():
+        place = [asft.fourier(x, net.freqs)[None] for x in (coords, centres)]
+        k, _ = block.keys_values(place[1])
+        q = attention.q_norm(attention.split(attention.q(torch.nn.functional.layer_norm(place[0], (128,)))))
+        weight = (q @ k.mT * 32 ** -0.5).softmax(-1).mean(1)[0]                          # (1024, 64)
+    away = torch.cdist(coords, centres)
+    assert (weight * away).sum(1).mean() < 0.7 * away.mean()                  # uniform attention: away.mean()
+
 def test_coordinates_and_features_are_their_formulas():
     """If axes were swapped, features scaled or reordered, or the top frequency were not 112 pi at 256."""
     centres = torch.tensor([[((j + 0.5) / 5, (i + 0.5) / 3) for j in range(5)] for i in range(3)])

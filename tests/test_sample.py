@@ -101,7 +101,10 @@ def small(domain="image", **changes):
 OPTIONS = [dict(solver="euler", steps=3), dict(solver="heun", steps=2), dict(solver="dopri5", evaluations=13),
            dict(solver="sde", steps=3, path="linear", diffusion="sigma")]
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o["solver"])
+COUPLED = [dict(solver="euler", steps=3, noise="coupled"),
+           dict(solver="sde", steps=3, path="linear", diffusion="sigma", noise="coupled", noise_length=8)]
+
+@pytest.mark.parametrize("options", OPTIONS + COUPLED, ids=lambda o: o["solver"] + o.get("noise", ""))
 def test_images_do_not_depend_on_batch_chunk_or_crop(options):
     net, label = small(n_classes=3), torch.tensor([0, 1, 2])
     whole, nfe = sample.generate(net, range(3), 5, (40, 150), None, label, guidance=2.0, **options)
@@ -116,7 +119,7 @@ def test_images_do_not_depend_on_batch_chunk_or_crop(options):
     expected = expected.view(32, 32, 3)[4:30, 2:20]
     assert (trained[0] - expected.reshape(-1, 3)).abs().max() < 1e-5
 
-@pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: o["solver"])
+@pytest.mark.parametrize("options", OPTIONS[::3] + COUPLED, ids=lambda o: o["solver"] + o.get("noise", ""))
 def test_points_do_not_depend_on_batch_chunk_or_part(options):
     net = small("points")
     whole, _ = sample.generate(net, [0, 4], 1, 5000, chunk=999, **options)
@@ -144,6 +147,56 @@ def test_noise_is_a_function_of_place():
     keys = [(0, 1), (1, 0), (0, 2), ("0", 1)]
     draws = [sample.gaussian((0, 8), *key) for key in keys]
     assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+
+def test_coupled_noise_is_one_smooth_field_at_every_size():
+    """Each value is standard normal; the slow form of the definition; one field at 32 and at 96 pixels."""
+    draws = torch.stack([sample.smooth((8, 8), (0, 0, 8, 8), 4, 0, i) for i in range(4000)])
+    assert draws.mean(0).abs().max() < 0.08 and (draws.std(0) - 1).abs().max() < 0.06
+    cells, size = 5, (32, 48)
+    field = sample.smooth(size, (0, 0, 48, 32), cells, 0, 1).view(32, 48, 3)
+    white = torch.randn(cells, cells, 3, generator=sample.generator(0, 1)).double()
+    for row, column in ((0, 0), (31, 47), (13, 30)):
+        y, x = (row + 0.5) / 32 * cells, (column + 0.5) / 48 * cells
+        weight = torch.tensor([[math.exp(-((y - i - 0.5) ** 2 + (x - j - 0.5) ** 2) / (2 * 0.5 ** 2))
+                                for j in range(cells)] for i in range(cells)], dtype=torch.float64)
+        expected = (weight[..., None] * white).sum((0, 1)) / weight.square().sum().sqrt()
+        assert (field[row, column] - expected).abs().max() < 1e-5
+    fine = sample.smooth((96, 144), (3, 6, 144, 96), cells, 0, 1).view(90, 141, 3)
+    assert (fine[1::3, 1::3] - field[2:, 1:]).abs().max() < 1e-5
+    one = sample.smooth((32, 32), (0, 0, 32, 32), 1, 0, 1)
+    assert torch.allclose(one, one[:1].expand(1024, 3))
+
+def test_coupled_points_are_even():
+    """Sobol points: as many in every cell of equal probability; a run of them is a part of the whole."""
+    x = sample.sobol((0, 4096), 0, 1)
+    assert torch.equal(sample.sobol((100, 300), 0, 1), x[100:300]) and x.isfinite().all()
+    cell = (torch.special.ndtr(x.double()) * 4).long() @ torch.tensor([16, 4, 1])
+    assert (cell.bincount(minlength=64) == 64).all()
+    assert not torch.equal(sample.sobol((0, 4096), 0, 2), x)
+
+@pytest.mark.parametrize("options", COUPLED, ids=lambda o: o["solver"])
+def test_interpolated_velocities_are_within_their_tolerance(options):
+    """refine decodes a part of the pixels, errs by no more than asked for, and crops agree with the whole."""
+    net, label, shares = small(n_classes=3), torch.tensor([1]), []
+    size, box = (301, 530), (33, 41, 200, 301)
+
+    def draw(refine, part=None, progress=None):
+        return sample.generate(net, [2], 5, size, part, label, guidance=2.0, refine=refine,
+                               progress=progress, **options)[0]
+    assert sample.cell_size(net.cfg, size) == 2 and sample.cell_size(net.cfg, (255, 999)) == 0
+    exact, none = draw(0.0), draw(1e-12)
+    assert (exact - none).abs().max() < 1e-5
+    rough = draw(0.02, progress=shares.append)
+    assert 0 < (rough - exact).abs().max() < 0.1 and sum(shares) == pytest.approx(3, abs=1e-3)
+    assert (draw(0.02, box) - rough.view(1, *size, 3)[:, 41:, 33:200].flatten(1, 2)).abs().max() < 1e-5
+    decoded, inner = [], net.decode
+
+    def counted(prepared, coords, x):
+        decoded.append(x.shape[1])
+        return inner(prepared, coords, x)
+    net.decode = counted
+    draw(0.02)
+    assert sum(decoded) < 3 * (1024 + 0.8 * math.prod(size))
 
 def test_every_step_of_the_sde_has_noise_of_its_own(monkeypatch):
     keys, inner = [], sample.gaussian
