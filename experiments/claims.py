@@ -6,6 +6,7 @@
 | decoded  | Fig. 3b: decoding fewer pairs saves FLOPs       | 1/16 to all pairs; at 1/4's FLOPs          |
 | widths   | Fig. 3a: larger models are better               | width 64, 128, 256                         |
 | linear   | App. B: ASFT-linear is a cheap variant          | spatial, linear                            |
+| plateau  | not in the paper: the decoder starts local      | spatial, 16 heads, linear; uniform start   |
 | switches | levels, RoPE, logit-normal t, QK-norm           | one at a time                              |
 | ours     | not in the paper                                | heads, windows, latents in the query       |
 | defaults | not in the paper: the CPU recipe                | learning rate, schedule, EMA's warm-up     |
@@ -62,13 +63,21 @@ from metrics.weights import sha256  # noqa: E402
 @contextmanager
 def changed(change):
     """The project's code with a part taken out that no flag takes out."""
-    average = train.update_ema
+    average, start = train.update_ema, asft.ASFT.init_weights
+
+    def uniform_start(self):
+        start(self)
+        for attention in (block.attention for block in self.decoder):
+            nn.init.xavier_uniform_(attention.kv.weight)
+            nn.init.ones_(attention.q_norm.weight)
+    if change == "uniform start":
+        asft.ASFT.init_weights = uniform_start
     if change == "no EMA warm-up":
         train.update_ema = lambda ema, model, step, *rest: average(ema, model, 10 ** 9, *rest)
     try:
         yield
     finally:
-        train.update_ema = average
+        train.update_ema, asft.ASFT.init_weights = average, start
 
 def arms(task):
     """Arms by name: (flags of train.py, change of the code). `spatial` is the paper's form, `preset` that of
@@ -104,6 +113,9 @@ def arms(task):
         "lr 1e-3": ([*preset, "--lr", 1e-3], None), "lr 4e-3": ([*preset, "--lr", 4e-3], None),
         "constant lr": ([*preset, "--schedule", "constant"], None),
         "no EMA warm-up": (preset, "no EMA warm-up"),
+        "spatial, uniform start": (base, "uniform start"),
+        "encoder heads 16, uniform start": ([*preset, "--encoder-heads", 16], "uniform start"),
+        "linear, uniform start": ([*base, "--encoder", "linear"], "uniform start"),
     }
 
 def tiny(res, **changes):
@@ -128,12 +140,12 @@ def flops(res, decode):
 
 COMPARED = {          # claim -> default of --steps, arms
     "latents": (2000, ("spatial", "perceiver", "perceiver, lr 1e-3")),
-    "decoded": (2000,
-                ("encoder heads 16", "decoded 1/16", "decoded 1/8", "decoded 1/2", "decoded 1/1",
-                 "decoded 1/16, FLOPs of 1/4",
-                       "decoded 1/1, FLOPs of 1/4")),
+    "decoded": (2000, ("encoder heads 16", "decoded 1/16", "decoded 1/8", "decoded 1/2", "decoded 1/1",
+                       "decoded 1/16, FLOPs of 1/4", "decoded 1/1, FLOPs of 1/4")),
     "widths": (2000, ("encoder heads 16", "width 64", "width 256", "width 256, lr 1e-3")),
     "linear": (2000, ("spatial", "linear")),
+    "plateau": (800, ("spatial", "spatial, uniform start", "encoder heads 16",
+                      "encoder heads 16, uniform start", "linear", "linear, uniform start")),
     "switches": (2000, ("encoder heads 16", "2 levels", "RoPE", "uniform t", "no QK-norm")),
     "ours": (2000, ("spatial", "encoder heads 16", "encoder heads 64", "windows 2 x 2", "windows 7 x 7",
                     "windows 8 x 8")),

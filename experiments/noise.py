@@ -2,15 +2,14 @@
 
 Draws the same n seeds of a checkpoint with white and with coupled noise of several lengths, at so many times
 the training resolution, and scores them against held-out images: Frechet distance of 96 features of a
-classifier (`features`) and of all patches of 8 x 8 (`patches`), precision and recall of the features, the share that the
-classifier reads as its class (`read`), and mean absolute difference of neighbouring pixels (`gradient`).
-Rows `bicubic` and `bilinear` enlarge the samples of the training resolution of the best noise there.
-
---real gives held-out images of each size as .npz with `images` and `labels` (default: built-in glyphs). Ends
-with --out.json, --out.png (samples 0 to 7 of each arm) and a table in Markdown.
+classifier (`features`, of images reduced to twice the training resolution) and of all patches of 8 x 8
+(`patches`), precision and recall of the features, the share that the classifier reads as its class (`read`),
+and mean absolute difference of neighbouring pixels (`gradient`).
+Rows `bilinear` and `bicubic` enlarge samples of the training resolution, where --times begins with 1.
+--real gives held-out images of each size as .npz with `images` and `labels` (default: built-in glyphs). Writes
+--out.json, --out-TIMESx.png (samples 0 to 7 of each arm, in rows) and a table in Markdown.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from PIL import Image
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
+import data  # noqa: E402
 import sample  # noqa: E402
 import toys  # noqa: E402
 from claims import Judge, moments  # noqa: E402
@@ -35,17 +35,15 @@ def held_out(args, res):
         return (np.stack([glyphs.item(i)[0] for i in range(count)]),
                 np.arange(count) % len(glyphs.class_names))
     for file in args.real:
-        arrays = np.load(file, allow_pickle=False)
-        if arrays["images"].shape[1] == res:
-            images = arrays["images"]
-            images = images if images.ndim == 4 else np.repeat(images[..., None], 3, -1)
-            return images, np.unique(arrays["labels"], return_inverse=True)[1]
+        whole = data.Arrays(file)
+        if whole.res == res:
+            return np.stack([whole.item(i)[0] for i in range(len(whole))]), np.asarray(whole.labels)
     raise ValueError(f"--real: found no images of {res} pixels")
 
 def drawn(model, checkpoint, args, res, **wishes):
     """The n samples at a size: uint8 (n, res, res, 3), and their labels."""
     setting = sample.resolve(model.cfg, checkpoint, (res, res), guidance=args.guidance, dtype="bfloat16",
-                             solver=args.solver, options=dict(steps=args.steps), seed=args.seed, **wishes)
+                             options=dict(steps=args.steps), seed=args.seed, **wishes)
     batch, found = max(1, 2 ** 16 // res ** 2), []
     for start in range(0, args.n, batch):
         x, _ = sample.draw(model, setting, range(start, min(args.n, start + batch)))
@@ -56,8 +54,13 @@ def gradient(images):
     x = images.astype(np.float32) / 255
     return float(np.abs(np.diff(x, axis=2)).mean() + np.abs(np.diff(x, axis=1)).mean()) / 2
 
-def scores(judge, true, images, labels):
-    deep, _, read = judge.features(images)
+def reduced(images, res):
+    """Images (n, R, R, 3) by means of R/res x R/res pixels."""
+    n, R = images.shape[:2]
+    return images.reshape(n, res, R // res, res, R // res, 3).mean((2, 4)).round().astype(np.uint8)
+
+def scores(judge, true, images, labels, res):
+    deep, _, read = judge.features(reduced(images, res))
     precision, recall = precision_recall(judge.known[0], deep)
     return dict(features=frechet_distance(*moments(judge.known[0]), *moments(deep)),
                 patches=frechet_distance(*patches(true), *patches(images)), precision=precision,
@@ -73,23 +76,23 @@ def main(argv=None):
     p.add_argument("--n", type=sample.positive, default=300)
     p.add_argument("--seed", type=sample.natural, default=0)
     p.add_argument("--guidance", type=float)
-    p.add_argument("--solver", default="euler")
     p.add_argument("--steps", type=sample.positive, default=16)
-    p.add_argument("--out", default="noise", help="name of the .json and .png (default: noise)")
+    p.add_argument("--out", default="noise", help="of the files (default: noise)")
     args = p.parse_args(argv)
     model, checkpoint = sample.load(args.ckpt)
     model.to(sample.start_processes("auto"))
-    table, sheet, coarse = {}, [], None
+    table, coarse = {}, None
     for times in args.times:
         res = times * model.cfg.res
         true, labels = held_out(args, res)
-        judge = Judge(Path(f"{args.out}-judge{res}.pt"), (true, labels), (true, labels), labels.max() + 1)
+        seen = min(res, 2 * model.cfg.res)
+        known = reduced(true, seen), labels
+        judge = Judge(Path(f"{args.out}-judge{res}.pt"), known, known, labels.max() + 1, 24)
         arms = {"white": drawn(model, checkpoint, args, res, noise="white")}
         for length in args.lengths:
             arms[f"coupled {length:g}"] = drawn(model, checkpoint, args, res, noise="coupled",
                                                 noise_length=length)
-        if times == 1:
-            coarse = arms
+        coarse = arms if times == 1 else coarse
         for how, kind in (("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC)):
             for arm in ("white", f"coupled {args.lengths[len(args.lengths) // 2]:g}"):
                 if times > 1 and coarse:
@@ -99,20 +102,13 @@ def main(argv=None):
         print(f"\n{times} x: {args.n} samples, {len(true)} held-out images of {res}\n"
               "| noise | features | patches | precision | recall | read, % | gradient |\n" + "|---" * 7 + "|")
         some = np.random.default_rng(0).permutation(len(true))[:args.n]
-        floor = scores(judge, true, true[some], labels[some])
-        for arm, (images, classes) in [*arms.items(), ("true", (None, None))]:
-            found = floor if images is None else scores(judge, true, images, classes)
+        arms["held out"] = true[some], labels[some]
+        for arm, (images, classes) in arms.items():
+            found = scores(judge, true, images, classes, seen)
             table[f"{times} x, {arm}"] = found
             print(f"| {arm} | " + " | ".join(f"{found[key]:.3g}" for key in found) + " |", flush=True)
-            if images is not None:
-                sheet.append(sample.grid_image([*images[:8]], 8))
-    width = max(image.width for image in sheet)
-    page = Image.new("RGB", (width, sum(image.height + 6 for image in sheet)), "white")
-    y = 0
-    for image in sheet:
-        page.paste(image, (0, y))
-        y += image.height + 6
-    sample.write_png(f"{args.out}.png", page)
+        tiles = [image for images, _ in arms.values() for image in images[:8]]
+        sample.write_png(f"{args.out}-{times}x.png", sample.grid_image(tiles, 8))
     sample.write_json(f"{args.out}.json", dict(vars(args), table=table))
 
 if __name__ == "__main__":
