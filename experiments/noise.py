@@ -6,8 +6,8 @@ classifier (`features`, of images reduced to twice the training resolution) and 
 (`patches`), precision and recall of the features, the share that the classifier reads as its class (`read`),
 and mean absolute difference of neighbouring pixels (`gradient`).
 Rows `bilinear` and `bicubic` enlarge samples of the training resolution, where --times begins with 1.
---real gives held-out images of each size as .npz with `images` and `labels` (default: built-in glyphs). Writes
---out.json, --out-TIMESx.png (samples 0 to 7 of each arm, in rows) and a table in Markdown.
+--real gives held-out images of each size as .npz with `images` and `labels` (default: built-in glyphs).
+Writes --out.json, --out-TIMESx.png (samples 0 to 7 of each arm, in rows) and a table in Markdown.
 """
 import argparse
 import sys
