@@ -347,8 +347,9 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     todo = begin(out, record, setting)
 
     batch = batch or max(1, min(64, AT_ONCE // queries))
-    refined = image and setting["refine"] > 0 and setting["noise"] == "coupled"
-    if refined and cell_size(model.cfg, setting["size"]):
+    refined = image and setting["refine"] and setting["noise"] == "coupled"
+    refined = refined and cell_size(model.cfg, setting["size"])
+    if refined:
         batch = 1                                                      # each has its own pixels to decode
     calls = (options.get("steps") or options["evaluations"]) * (2 if setting["solver"] == "heun" else 1)
     print0(f"{n} samples at {tag}, step {setting['step']}, {setting['weights']} weights, {device}, to {out}")
@@ -361,7 +362,8 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     for mine in (todo[i:i + batch] for i in range(0, len(todo), batch)):
         given = torch.stack([tokens[i % len(tokens)] for i in mine]).to(device) if tokens else None
         x, record["nfe"] = draw(model, setting, mine, tokens=given, chunk=chunk,
-                                progress=lambda share: bar.update(len(mine) * share / calls))
+                                progress=lambda share: bar.update(
+                                    min(len(mine) * share / calls, bar.total - bar.n)))
         for i, values in zip(mine, x):
             write_sample(out / rows[i]["file"], values, setting["shape"], image)
     bar.close()
@@ -391,13 +393,15 @@ def seconds_of_a_call(model, setting, queries, tokens):
     height, width = setting["shape"]
     few = min(queries, 4096)
     part = (0, 0, width, max(1, few // width)) if model.cfg.domain == "image" else (0, few)
-    once, taken = dict(setting, solver="euler", options={"steps": 1}, refine=0.0, noise="white"), []
+    once, taken = dict(setting, solver="euler", options={"steps": 1}, refine=0.0, noise="coupled"), []
     for _ in range(2):                                                 # the first also warms up
         began = time.time()
         x, _ = draw(model, once, [0], setting["size"], part, tokens=tokens)
         taken.append(time.time() - began)
-    context = model.cfg.res ** 2 if model.cfg.domain == "image" else model.cfg.points
-    return min(taken) * (context + queries) / (context + x.shape[1])
+    cfg, image = model.cfg, model.cfg.domain == "image"
+    context, trained = (cfg.res ** 2, [cfg.res, cfg.res]) if image else (cfg.points, cfg.points)
+    apart = setting["size"] != trained or setting["noise"] != "white"
+    return min(taken) * (context + queries * apart) / (context + x.shape[1])
 
 def begin(out, record, setting):
     """Makes the directory and returns the samples missing there, this process's share of them."""

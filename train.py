@@ -40,7 +40,7 @@ IMAGENET = dict(PAPER, loader="folder", model="XL", batch_size=512, steps=1_700_
 SCENES = dict(PAPER, loader="folder", model="B", res=256, decode=8192, batch_size=256, steps=1_000_000,
               flip=True, labels=False)
 SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=10_000, lr=2e-3, warmup=100,
-             schedule="cosine", times="logit-normal", sampling_steps=50, guidance=2.0, noise="coupled",
+             schedule="cosine", times="logit-normal", sampling_steps=25, guidance=2.0, noise="coupled",
              noise_length=1.0, refine=0.1)                                                   # two CPU cores
 SMALL_POINTS = dict(SMALL, model="point-tiny", times="uniform", steps=6000, points=512, decode=512,
                     solver="sde", sampling_steps=250, noise="white")
