@@ -356,8 +356,9 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     if todo and RANK == 0:
         given = torch.stack(tokens[:1]).to(device) if tokens else None
         seconds = len(todo) * calls * seconds_of_a_call(model, setting, queries, given)
-        about = "at most" if refined else "about"
-        print0(f"{about} {seconds:.0f} s: {len(todo)} x {calls} evaluations of {queries:,} queries")
+        print0(f"about {seconds:.0f} s: {len(todo)} x {calls} evaluations of {queries:,} queries")
+        if refined:
+            print0(f"far less where velocities are interpolated (--refine {setting['refine']:g})")
     started, bar = time.time(), progress_bar(len(todo), "sample")
     for mine in (todo[i:i + batch] for i in range(0, len(todo), batch)):
         given = torch.stack([tokens[i % len(tokens)] for i in mine]).to(device) if tokens else None
