@@ -277,15 +277,14 @@ def array_set(path, args):
     known = [key for row in METRICS.values() for key in row.statistics] + ["features"]
     with data.reading(path, references.EXPECTED):
         found = references.read(path, known)
-    array = found.array
+    array, more = found.array, dict(record=found.record, statistics=found.statistics,
+                                    sha256=weights.sha256(path))
     if array is None:
-        return Set(str(path), "image", record=found.record, statistics=found.statistics,
-                   sha256=weights.sha256(path))
+        return Set(str(path), "image", **more)
     kind, domain = (np.uint8, "image") if array.dtype == np.uint8 else (np.float32, "points")
+    key = ("shapenet", found.category) if found.category in TABLE4 else None
     return Set(str(path), domain, len(array), lambda i: sized(array[i].astype(kind), args), [path],
-               "global" if found.affine else None,
-               ("shapenet", found.category) if found.category in TABLE4 else None, found.record,
-               found.statistics, found.affine, weights.sha256(path))
+               normalisation="global" if found.affine else None, dataset=key, affine=found.affine, **more)
 
 FILES = {**dict.fromkeys((".npz", ".npy", ".pt", ".pth"), array_set), ".zip": image_set}
 

@@ -192,12 +192,12 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
     interpolated where that is off by at most so much (see `Velocity.interpolated`), one sample at a time.
     solver_options are those of the solver, with names of PATHS and DIFFUSIONS."""
     cfg, image, options = model.cfg, model.cfg.domain == "image", solver_options
-    N, trained = (cfg.res ** 2, (cfg.res, cfg.res)) if image else (cfg.points, cfg.points)
+    N, trained = trained_size(cfg)
     size = trained if size is None else tuple(size) if image else size
     part = part or ((0, 0, size[1], size[0]) if image else (0, size))
     apart = size != trained or noise != "white"                        # there are queries beyond the context
-    wanted, grid, stride = part, None, cell_size(cfg, size) if image and noise == "coupled" else 0
-    if stride and refine:                                              # whole cells, with all their corners
+    wanted, grid, stride = part, None, cell_size(cfg, size, noise, refine)
+    if stride:                                                         # whole cells, with all their corners
         part = [place // stride * stride for place in part[:2]]
         part += [min(end, -(-stop // stride) * stride + 1) for stop, end in zip(wanted[2:], size[::-1])]
         grid = part[3] - part[1], part[2] - part[0], stride
@@ -258,9 +258,15 @@ def gaussian(part, *key):
         rows.append(torch.cat(row, 1))
     return torch.cat(rows)[y0 - top:y1 - top, x0 - left:x1 - left].flatten(0, 1)
 
-def cell_size(cfg, size):
+def trained_size(cfg):
+    """Pairs of the context, and the size of what was trained on: (height, width), or a number of points."""
+    return (cfg.res ** 2, (cfg.res, cfg.res)) if cfg.domain == "image" else (cfg.points, cfg.points)
+
+def cell_size(cfg, size, noise, refine):
     """Pixels along a cell of `Velocity.interpolated`: a power of two, a quarter of a training pixel at most;
-    0 where that is less than two pixels."""
+    0 where that is less than two pixels, and where nothing is to be interpolated."""
+    if cfg.domain != "image" or noise != "coupled" or not refine:
+        return 0
     finer = min(size) // (4 * cfg.res)
     return 2 ** (finer.bit_length() - 1) if finer > 1 else 0
 
@@ -291,8 +297,7 @@ DEFAULTS = dict(evaluations=100, rtol=1e-3, atol=1e-3, diffusion="sigma", last=0
 AT_ONCE = 2 ** 20         # queries of a batch: their state and noise are some 100 MB
 
 def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=None, guidance=None,
-            solver=None, options=(), dtype="auto", noise=None, noise_length=None,
-            refine=None):
+            solver=None, options=(), dtype="auto", noise=None, noise_length=None, refine=None):
     """The whole setting of some samples as JSON values, with the recipe's where none is given."""
     config, image = checkpoint["config"], cfg.domain == "image"
     recipe = dict(noise="white", noise_length=4.0, refine=0.0) | config["sampling"]
@@ -303,7 +308,7 @@ def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=No
     takes = [name for name in known if name in inspect.signature(SOLVERS[solver]).parameters]
     for name in set(options) - set(takes):
         raise ValueError(f"--{name}: solver {solver} has no such option; it takes {', '.join(takes)}")
-    size = size or ((cfg.res, cfg.res) if image else cfg.points)
+    size = size or trained_size(cfg)[1]
     height, width = size if image else (size, 1)
     x0, y0, x1, y1 = crop or (0, 0, width, height)
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
@@ -335,7 +340,7 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     if n is None:
         n = max(1, min(16, AT_ONCE // queries))
         if n < 16:
-            print0(f"{n} of 16 samples, since they are larger than trained: --n gives more")
+            print0(f"{n} of 16 samples, since each has {queries:,} queries: --n gives more")
     rows = [dict(file=f"{i:06d}.{'png' if image else 'npy'}", index=i) for i in range(n)]
     for i, row in enumerate(rows if names else ()):
         row.update(label=classes[i % len(classes)], class_name=names[classes[i % len(classes)]])
@@ -347,8 +352,7 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     todo = begin(out, record, setting)
 
     batch = batch or max(1, min(64, AT_ONCE // queries))
-    refined = image and setting["refine"] and setting["noise"] == "coupled"
-    refined = refined and cell_size(model.cfg, setting["size"])
+    refined = cell_size(model.cfg, setting["size"], setting["noise"], setting["refine"])
     if refined:
         batch = 1                                                      # each has its own pixels to decode
     calls = (options.get("steps") or options["evaluations"]) * (2 if setting["solver"] == "heun" else 1)
@@ -399,9 +403,9 @@ def seconds_of_a_call(model, setting, queries, tokens):
         began = time.time()
         x, _ = draw(model, once, [0], setting["size"], part, tokens=tokens)
         taken.append(time.time() - began)
-    cfg, image = model.cfg, model.cfg.domain == "image"
-    context, trained = (cfg.res ** 2, [cfg.res, cfg.res]) if image else (cfg.points, cfg.points)
-    apart = setting["size"] != trained or setting["noise"] != "white"
+    context, trained = trained_size(model.cfg)
+    size = tuple(setting["size"]) if model.cfg.domain == "image" else setting["size"]
+    apart = size != trained or setting["noise"] != "white"
     return min(taken) * (context + queries * apart) / (context + x.shape[1])
 
 def begin(out, record, setting):

@@ -26,6 +26,7 @@ from claims import Judge, moments  # noqa: E402
 from glyph_report import patches  # noqa: E402
 from metrics.frechet import frechet_distance  # noqa: E402
 from metrics.precision_recall import precision_recall  # noqa: E402
+from upscale import ENLARGE  # noqa: E402
 
 def held_out(args, res):
     """Images (n, res, res, 3) uint8 that training has not seen, and their labels."""
@@ -93,7 +94,7 @@ def main(argv=None):
             arms[f"coupled {length:g}"] = drawn(model, checkpoint, args, res, noise="coupled",
                                                 noise_length=length)
         coarse = arms if times == 1 else coarse
-        for how, kind in (("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC)):
+        for how, kind in ENLARGE.items():
             for arm in ("white", f"coupled {args.lengths[len(args.lengths) // 2]:g}"):
                 if times > 1 and coarse:
                     found, classes = coarse[arm]

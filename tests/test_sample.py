@@ -183,7 +183,9 @@ def test_interpolated_velocities_are_within_their_tolerance(options):
     def draw(refine, part=None, progress=None):
         return sample.generate(net, [2], 5, size, part, label, guidance=2.0, refine=refine,
                                progress=progress, **options)[0]
-    assert sample.cell_size(net.cfg, size) == 2 and sample.cell_size(net.cfg, (255, 999)) == 0
+    assert sample.cell_size(net.cfg, size, "coupled", 0.1) == 2
+    assert sample.cell_size(net.cfg, (255, 999), "coupled", 0.1) == 0
+    assert sample.cell_size(net.cfg, size, "white", 0.1) == sample.cell_size(net.cfg, size, "coupled", 0) == 0
     exact, none = draw(0.0), draw(1e-12)
     assert (exact - none).abs().max() < 1e-5
     rough = draw(0.02, progress=shares.append)
