@@ -3,7 +3,7 @@
 The encoder always sees the context at the training resolution: a grid (or set of points) of its own noise,
 integrated along with the queries. Queries are any other coordinates with their own start, which never feed
 back into the latents: one seed has one content at every resolution, and cost is linear in the queries. Noise
-is a function of (seed, sample, size, tile, step), never of batch, chunk, crop or number of processes.
+is a function of (seed, sample, place, step), never of batch, chunk, crop or number of processes.
 
 In this order: solvers; velocity, `generate`; noise; samples as files; checkpoints; processes; command line.
 train.py and evaluate.py use its parts. It needs model.py alone, whose alphabet and conventions it keeps."""
@@ -195,35 +195,40 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
     N, trained = trained_size(cfg)
     size = trained if size is None else tuple(size) if image else size
     part = part or ((0, 0, size[1], size[0]) if image else (0, size))
-    apart = size != trained or noise != "white"                        # there are queries beyond the context
+    coupled = image and noise == "coupled"
+    apart = size != trained or coupled                                 # there are queries beyond the context
     wanted, grid, stride = part, None, cell_size(cfg, size, noise, refine)
     if stride:                                                         # whole cells, with all their corners
         part = [place // stride * stride for place in part[:2]]
         part += [min(end, -(-stop // stride) * stride + 1) for stop, end in zip(wanted[2:], size[::-1])]
         grid = part[3] - part[1], part[2] - part[0], stride
 
-    def draw_noise(*key):                                              # (B, N, 3), or (B, N + M, 3)
-        parts = [torch.stack([gaussian((0, N), seed, i, "context", *key) for i in indices])]
-        if apart and noise == "coupled" and image:
+    samples = torch.tensor([*indices], device=model.device)
+
+    def draw_noise(purpose, step, count=None, items=None):
+        return normals(random_words(purpose, seed, step, samples, count, items))
+
+    def noise_of_pairs(step):                                          # (B, N, 3), or (B, N + M, 3)
+        parts = [draw_noise("context", step, N)]
+        if coupled:
             cells = max(1, round(cfg.res / noise_length))
-            parts.append(torch.stack([smooth(size, part, cells, seed, i, noise, *key) for i in indices]))
-        elif apart and noise == "coupled" and key == ("start",):
-            parts.append(torch.stack([sobol(part, seed, i, noise) for i in indices]))
+            grid = draw_noise("field", step, cells ** 2).unflatten(1, (cells, cells))
+            parts.append(smooth(grid, size, part))
         elif apart:
-            parts.append(torch.stack([gaussian(part, seed, i, size, *key) for i in indices]))
-        return torch.cat(parts, 1).to(model.device)
+            parts.append(draw_noise("query", step, items=numbers(size, part, model.device)))
+        return torch.cat(parts, 1)
 
     coords = None
     if image:
         queries = [image_coords(*size, box=part)] if apart else []
         coords = torch.cat([image_coords(cfg.res), *queries]).to(model.device)
     velocity = Velocity(model, coords, N, label, tokens, guidance, chunk, progress, grid, refine)
-    supplied = dict(noise=lambda i: draw_noise("sde", i), control=N)
+    supplied = dict(noise=lambda i: noise_of_pairs(i + 1), control=N)
     options |= {k: v for k, v in supplied.items() if k in inspect.signature(SOLVERS[solver]).parameters}
     for name, table in (("path", PATHS), ("diffusion", DIFFUSIONS)):
         if name in options:
             options[name] = table[options[name]]
-    x = SOLVERS[solver](velocity, draw_noise("start"), **options)
+    x = SOLVERS[solver](velocity, noise_of_pairs(0), **options)
     if grid:
         x, (x0, y0) = x[:, N:].unflatten(1, grid[:2]), part[:2]
         x = x[:, wanted[1] - y0:wanted[3] - y0, wanted[0] - x0:wanted[2] - x0].flatten(1, 2)
@@ -238,25 +243,40 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
 # ---- Noise
 
 NOISES = "white", "coupled"
-RUN, TILE = 4096, 64      # points share a generator in runs, the pixels of an image in square tiles
+PURPOSES = "training", "context", "query", "field"
 
-def generator(*key, device="cpu"):
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+def random_words(purpose, seed, step, samples, count=None, items=None):
+    """Four words of 32 bits for every sample and item, int64 (4, B, n): a function of these numbers alone,
+    equal on every device. samples: int64 (B,); items: int64 (n,), by default 0..count-1; each below 2^32."""
+    items = torch.arange(count, device=samples.device) if items is None else items
+    items, samples = torch.meshgrid(items, samples, indexing="xy")                       # (B, n) each
+    code = torch.full_like(items, PURPOSES.index(purpose))
+    return philox((items, samples, torch.full_like(items, step), code), (seed, seed >> 32))
 
-def gaussian(part, *key):
-    """Standard normal (M, 3) of a run of points or a box of pixels; from the CPU, so equal on any device."""
+def philox(counter, key):
+    """Philox4x32-10 (Salmon et al. 2011), with its constants: four int64 tensors (...), the words of a counter,
+    -> (4, ...). A product of two words wraps at 2^64, of which both halves are used."""
+    low = 2 ** 32 - 1
+    (a, b, c, d), (k, m) = counter, (word & low for word in key)
+    for _ in range(10):
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (q >> 32 & low) ^ b ^ k, q & low, (p >> 32 & low) ^ d ^ m, p & low
+        k, m = k + 0x9E3779B9 & low, m + 0xBB67AE85 & low
+    return torch.stack([a, b, c, d])
+
+def normals(words):
+    """Three standard normal numbers of each four words (Box & Muller 1958): (4, B, n) -> (B, n, 3) float32."""
+    u = (words.float() + 0.5) * 2.0 ** -32                                               # above 0, at most 1
+    radius, angle = (-2 * u[:2].log()).sqrt(), 2 * math.pi * u[2:]
+    return torch.stack([*(radius * angle.cos()), radius[0] * angle[0].sin()], -1)
+
+def numbers(size, part, device=None):
+    """The numbers of the points of a run, or of the pixels of a box in an image of that size: int64 (M,)."""
     if len(part) == 2:
-        tiles = range(part[0] // RUN, math.ceil(part[1] / RUN))
-        noise = torch.cat([torch.randn(RUN, 3, generator=generator(*key, i)) for i in tiles])
-        return noise[part[0] - tiles[0] * RUN:part[1] - tiles[0] * RUN]
+        return torch.arange(*part, device=device)
     x0, y0, x1, y1 = part
-    top, left, rows = y0 // TILE * TILE, x0 // TILE * TILE, []
-    for i in range(y0 // TILE, math.ceil(y1 / TILE)):
-        columns = range(x0 // TILE, math.ceil(x1 / TILE))
-        row = [torch.randn(TILE, TILE, 3, generator=generator(*key, i, j)) for j in columns]
-        rows.append(torch.cat(row, 1))
-    return torch.cat(rows)[y0 - top:y1 - top, x0 - left:x1 - left].flatten(0, 1)
+    rows, columns = torch.arange(y0, y1, device=device), torch.arange(x0, x1, device=device)
+    return (rows[:, None] * size[1] + columns).flatten()
 
 def trained_size(cfg):
     """Pairs of the context, and the size of what was trained on: (height, width), or a number of points."""
@@ -270,26 +290,19 @@ def cell_size(cfg, size, noise, refine):
     finer = min(size) // (4 * cfg.res)
     return 2 ** (finer.bit_length() - 1) if finer > 1 else 0
 
-def smooth(size, part, cells, *key):
-    """A smooth Gaussian field over the unit square at the pixels of a box: (M, 3), each standard normal.
-    White noise on cells x cells, interpolated by a Gaussian of half a cell and divided by the root of the sum
-    of squared weights: a function of the place, so that it is one field at every resolution."""
-    grid, (x0, y0, x1, y1) = torch.randn(cells, cells, 3, generator=generator(*key)), part
+def smooth(grid, size, part):
+    """A smooth Gaussian field over the unit square at the pixels of a box: (B, M, 3), each standard normal.
+    White noise on a grid (B, cells, cells, 3), interpolated by a Gaussian of half a cell and divided by the
+    root of the sum of squared weights: a function of the place, so it is one field at every resolution."""
+    cells, (x0, y0, x1, y1) = grid.shape[1], part
 
     def weights(start, stop, side):
-        place = (torch.arange(start, stop) + 0.5) * (cells / side)                       # in cells
-        weight = torch.exp(-2 * (place[:, None] - torch.arange(cells) - 0.5) ** 2)       # (pixels, cells)
+        place = (torch.arange(start, stop, device=grid.device) + 0.5) * (cells / side)   # in cells
+        cell = torch.arange(cells, device=grid.device) + 0.5
+        weight = torch.exp(-2 * (place[:, None] - cell) ** 2)                            # (pixels, cells)
         return weight / weight.norm(dim=1, keepdim=True)
-    rows = torch.einsum("yi,ijc->yjc", weights(y0, y1, size[0]), grid)
-    return torch.einsum("xj,yjc->yxc", weights(x0, x1, size[1]), rows).flatten(0, 1)
-
-def sobol(part, *key):
-    """A run of scrambled Sobol points through the inverse normal CDF: (M, 3), each standard normal, together
-    more even than independent ones."""
-    seed = generator(*key).initial_seed() % 2 ** 31
-    engine = torch.quasirandom.SobolEngine(3, scramble=True, seed=seed).fast_forward(part[0])
-    u = engine.draw(part[1] - part[0], dtype=torch.float64)
-    return torch.special.ndtri(u + 2.0 ** -31).float()                 # they are multiples of 2^-30, 0 too
+    rows = torch.einsum("yi,bijc->byjc", weights(y0, y1, size[0]), grid)
+    return torch.einsum("xj,byjc->byxc", weights(x0, x1, size[1]), rows).flatten(1, 2)
 
 # ---- Samples as files: 000000.png, or .npy, .ply and a preview .png; samples.json tells the setting
 
@@ -313,6 +326,8 @@ def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=No
     x0, y0, x1, y1 = crop or (0, 0, width, height)
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise ValueError(f"--crop {crop}: expected x0,y0,x1,y1, x0 < x1 <= {width} and y0 < y1 <= {height}")
+    if noise == "coupled" and not image:
+        raise ValueError("--noise coupled: does not apply to point clouds")
     noise_length = recipe["noise_length"] if noise_length is None else noise_length
     refine = recipe["refine"] if refine is None else refine
     if not (noise_length > 0 and refine >= 0):

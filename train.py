@@ -26,8 +26,8 @@ from PIL import Image, ImageDraw
 
 import data
 from model import ASFT, ENCODERS, PATHS, PRESETS, TIMES, cicfm_loss, config, image_coords
-from sample import (NOISES, RANK, SOLVERS, WORLD, autocast, checkpoints, draw_points, generate, generator,
-                    grid_image, natural, positive, print0, progress_bar, read_checkpoint, run_main,
+from sample import (NOISES, RANK, SOLVERS, WORLD, autocast, checkpoints, draw_points, generate, grid_image,
+                    natural, normals, positive, print0, progress_bar, random_words, read_checkpoint, run_main,
                     start_processes, to_pixels, write_atomic, write_json, write_png)
 
 # ---- Recipes: every value is a default that a flag of the same name overrides ------------------------------
@@ -161,13 +161,13 @@ def settings(argv=None):
 def draw(seed, step, places, N, M, drop, device):
     """What the loss needs besides data, each a function of (seed, step, place in the batch): uniforms (B,),
     noise (B, N, 3), condition drop (B,) bool, decoded pairs (B, M) int64."""
-    rows = []
-    for place in places:
-        g = generator(seed, step, place, device=device)
-        u = torch.rand(2, generator=g, device=device)
-        rows.append((u[0], torch.randn(N, 3, generator=g, device=device), u[1] < drop,
-                     torch.randperm(N, generator=g, device=device)[:M]))
-    return [torch.stack(column) for column in zip(*rows)]
+    counts = N, -(-N // 4), 1
+    samples = torch.arange(places.start, places.stop, device=device)                     # (B,)
+    words = random_words("training", seed, step, samples, sum(counts))                   # (4, B, n)
+    noise, order, u = words.split(counts, 2)
+    order = order.transpose(0, 1).flatten(1)[:, :N]                                      # (B, N)
+    u = (u[:2, :, 0].float() + 0.5) * 2.0 ** -32                                         # (2, B)
+    return u[0], normals(noise), u[1] < drop, order.topk(M, dim=1).indices
 
 def micro_loss(net, coords, batch, step, places, args, device):
     """CICFM loss of one micro-batch (values, labels, perhaps tokens) at `places` of the global batch."""

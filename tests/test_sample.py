@@ -119,7 +119,7 @@ def test_images_do_not_depend_on_batch_chunk_or_crop(options):
     expected = expected.view(32, 32, 3)[4:30, 2:20]
     assert (trained[0] - expected.reshape(-1, 3)).abs().max() < 1e-5
 
-@pytest.mark.parametrize("options", OPTIONS[::3] + COUPLED, ids=lambda o: o["solver"] + o.get("noise", ""))
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: o["solver"])
 def test_points_do_not_depend_on_batch_chunk_or_part(options):
     net = small("points")
     whole, _ = sample.generate(net, [0, 4], 1, 5000, chunk=999, **options)
@@ -139,40 +139,46 @@ def test_guidance_one_is_the_conditional_pass_and_more_moves_away():
     assert torch.allclose(v[3.0], v[0.0] + 3 * (v[1.0] - v[0.0]), atol=1e-5)
 
 def test_noise_is_a_function_of_place():
-    box, part = sample.gaussian((0, 0, 150, 130), 0, 1, "x"), sample.gaussian((70, 60, 140, 129), 0, 1, "x")
-    assert torch.equal(part, box.view(130, 150, 3)[60:129, 70:140].reshape(-1, 3))
-    run = sample.gaussian((0, 9000), 0, 1, "x")
-    assert torch.equal(sample.gaussian((4090, 8200), 0, 1, "x"), run[4090:8200])
-    assert abs(box.mean()) < 0.02 and abs(box.std() - 1) < 0.02 and not torch.equal(box[:64], box[64:128])
-    keys = [(0, 1), (1, 0), (0, 2), ("0", 1)]
-    draws = [sample.gaussian((0, 8), *key) for key in keys]
-    assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+    size = 130, 150
+    whole, part = sample.numbers(size, (0, 0, 150, 130)), sample.numbers(size, (70, 60, 140, 129))
+    assert torch.equal(whole, torch.arange(130 * 150)) and torch.equal(sample.numbers(9, (3, 7)), whole[3:7])
+    assert torch.equal(part, whole.view(size)[60:129, 70:140].flatten())
+    samples = torch.tensor([1, 5])
+    x = sample.normals(sample.random_words("query", 0, 0, samples, items=whole))
+    assert torch.equal(x[1:, part], sample.normals(sample.random_words("query", 0, 0, samples[1:], items=part)))
+    assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01 and abs(x.pow(4).mean() - 3) < 0.1
+    assert torch.corrcoef(x.flatten(0, 1).T).sub(torch.eye(3)).abs().max() < 0.02
+    keys = [("query", 0, 1), ("query", 1, 0), ("query", 2 ** 32, 0), ("context", 0, 1), ("query", 0, 0)]
+    draws = [sample.random_words(*key, samples, 8) for key in keys]
+    assert all(not (a == b).any() for i, a in enumerate(draws) for b in draws[:i])
+
+def test_philox_gives_the_published_words():
+    """Random123's kat_vectors, philox4x32 of 10 rounds."""
+    ones = 2 ** 32 - 1
+    for counter, key, words in (
+            ((0, 0, 0, 0), (0, 0), (0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8)),
+            ((ones,) * 4, (ones,) * 2, (0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd)),
+            ((0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344), (0xa4093822, 0x299f31d0),
+             (0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1))):
+        assert tuple(sample.philox(torch.tensor(counter), key).tolist()) == words
 
 def test_coupled_noise_is_one_smooth_field_at_every_size():
     """Each value is standard normal; the slow form of the definition; one field at 32 and at 96 pixels."""
-    draws = torch.stack([sample.smooth((8, 8), (0, 0, 8, 8), 4, 0, i) for i in range(4000)])
+    draws = sample.smooth(torch.randn(4000, 4, 4, 3), (8, 8), (0, 0, 8, 8))
     assert draws.mean(0).abs().max() < 0.08 and (draws.std(0) - 1).abs().max() < 0.06
     cells, size = 5, (32, 48)
-    field = sample.smooth(size, (0, 0, 48, 32), cells, 0, 1).view(32, 48, 3)
-    white = torch.randn(cells, cells, 3, generator=sample.generator(0, 1)).double()
+    grid = torch.randn(1, cells, cells, 3)
+    field, white = sample.smooth(grid, size, (0, 0, 48, 32)).view(32, 48, 3), grid[0].double()
     for row, column in ((0, 0), (31, 47), (13, 30)):
         y, x = (row + 0.5) / 32 * cells, (column + 0.5) / 48 * cells
         weight = torch.tensor([[math.exp(-((y - i - 0.5) ** 2 + (x - j - 0.5) ** 2) / (2 * 0.5 ** 2))
                                 for j in range(cells)] for i in range(cells)], dtype=torch.float64)
         expected = (weight[..., None] * white).sum((0, 1)) / weight.square().sum().sqrt()
         assert (field[row, column] - expected).abs().max() < 1e-5
-    fine = sample.smooth((96, 144), (3, 6, 144, 96), cells, 0, 1).view(90, 141, 3)
+    fine = sample.smooth(grid, (96, 144), (3, 6, 144, 96)).view(90, 141, 3)
     assert (fine[1::3, 1::3] - field[2:, 1:]).abs().max() < 1e-5
-    one = sample.smooth((32, 32), (0, 0, 32, 32), 1, 0, 1)
-    assert torch.allclose(one, one[:1].expand(1024, 3))
-
-def test_coupled_points_are_even():
-    """Sobol points: as many in every cell of equal probability; a run of them is a part of the whole."""
-    x = sample.sobol((0, 4096), 0, 1)
-    assert torch.equal(sample.sobol((100, 300), 0, 1), x[100:300]) and x.isfinite().all()
-    cell = (torch.special.ndtr(x.double()) * 4).long() @ torch.tensor([16, 4, 1])
-    assert (cell.bincount(minlength=64) == 64).all()
-    assert not torch.equal(sample.sobol((0, 4096), 0, 2), x)
+    one = sample.smooth(torch.randn(2, 1, 1, 3), (32, 32), (0, 0, 32, 32))
+    assert torch.allclose(one, one[:, :1].expand(2, 1024, 3))
 
 @pytest.mark.parametrize("options", COUPLED, ids=lambda o: o["solver"])
 def test_interpolated_velocities_are_within_their_tolerance(options):
@@ -201,10 +207,14 @@ def test_interpolated_velocities_are_within_their_tolerance(options):
     assert sum(decoded) < 3 * (1024 + 0.8 * math.prod(size))
 
 def test_every_step_of_the_sde_has_noise_of_its_own(monkeypatch):
-    keys, inner = [], sample.gaussian
-    monkeypatch.setattr(sample, "gaussian", lambda part, *key: keys.append(key) or inner(part, *key))
+    keys, inner = [], sample.random_words
+
+    def recorded(purpose, seed, step, samples, *items):
+        keys.append((purpose, seed, step, samples.tolist()))
+        return inner(purpose, seed, step, samples, *items)
+    monkeypatch.setattr(sample, "random_words", recorded)
     sample.generate(small(), [3], 1, solver="sde", steps=4)
-    assert keys == [(1, 3, "context", "start"), *((1, 3, "context", "sde", i) for i in range(3))]
+    assert keys == [("context", 1, step, [3]) for step in range(4)]
 
 # ---- The command line and its files ----
 

@@ -29,10 +29,10 @@ def pixels(model, setting, index, box, size):
     return Image.fromarray(sample.to_pixels(x[0], box[3] - box[1], box[2] - box[0]))
 
 def poster(model, setting, index, path, rows=None):
-    """One image in bands of `rows` rows (default: as many as BAND allows, in whole tiles), streamed into
+    """One image in bands of `rows` rows (default: as many as BAND allows, in 64s), streamed into
     path."""
     (height, width), parts = setting["size"], Path(f"{path}.parts")
-    rows = rows or max(1, BAND // width // sample.TILE * sample.TILE or BAND // width)
+    rows = rows or max(1, BAND // width // 64 * 64 or BAND // width)
     bands = [(0, y, width, min(y + rows, height)) for y in range(0, height, rows)]
     files = [parts / f"{y0:09d}.png" for _, y0, _, _ in bands]
     parts.mkdir(parents=True, exist_ok=True)
