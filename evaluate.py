@@ -19,6 +19,7 @@ import zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -29,8 +30,8 @@ from PIL import Image
 
 import data
 import sample
-from metrics import clip, clouds, frechet, inception, pointnet, references, ulip, weights
-from metrics.precision_recall import precision_recall
+from metrics import clip, clouds, dinov2, frechet, inception, nearest, pointnet, references, ulip, weights
+from metrics.precision_recall import density_coverage, precision_recall
 from sample import RANK, WORLD, natural, positive, print0, wait_for_all, write_atomic, write_json
 
 # ---- Scores ---------------------------------------------------------------------------------------------
@@ -53,12 +54,19 @@ def frechet_scores(task, names):
 def inception_scores(task, names):
     return dict(zip(("is", "is_std"), inception.inception_score(task.rows["fake", "classes"].double())))
 
-def pr_scores(task, names):
-    feature = feature_of(names[0], task.args)
+# Density and coverage keep the k = 5 of their authors, whatever --k is
+ROW_SCORES = {("precision", "recall"): precision_recall, ("density", "coverage"): density_coverage,
+              ("kid", "kid_std"): frechet.kid}
+
+def row_scores(task, names):
+    args, feature, found = task.args, feature_of(names[0], task.args), {}
     real = task.rows["real", feature] if task.real.count else task.real.statistics["features"]
     task.protocol["n_real_pr"] = len(real)
-    found = precision_recall(real, task.rows["fake", feature], task.args.k, device=task.args.device)
-    return dict(zip(("precision", "recall"), found))
+    for keys, score in ROW_SCORES.items():
+        if {*keys} & {*names}:
+            more = {"k": args.k} if score is precision_recall else {}
+            found.update(zip(keys, score(real, task.rows["fake", feature], device=args.device, **more)))
+    return found
 
 def pair_scores(task, names):
     """MMD, COV, 1-NNA of Chamfer distances or EMD, and JSD. All processes fill one cache of pairs."""
@@ -103,11 +111,9 @@ def comparable_clouds(task):
         smp, ref = (x[:, pick] if x.shape[1] > least else x for x in (smp, ref))
     if len(smp) < len(ref):
         task.warn(f"{len(smp)} samples against {len(ref)} references: COV and 1-NNA assume as many of each")
-    dataset, category = real.dataset or ("", "")
-    table4 = (TABLE4[category][0], "lion", "box") if dataset == "shapenet" and category in TABLE4 else None
-    if table4 and table4 != (len(ref), args.emd, args.normalize):
-        task.warn(f"{len(ref)} references, --emd {args.emd}, --normalize {args.normalize}: the paper's row "
-                  f"is against {table4[0]}, with lion and box")
+    expected = published(real.dataset).get("references")
+    if expected and (expected, "lion", "box") != (len(ref), args.emd, args.normalize):
+        task.warn(f"{len(ref)} references: the paper's row is against {expected}, --emd lion, --normalize box")
     task.protocol.update(normalisation=scale, n_pairs=[min(len(smp), len(ref)), len(ref)], points=least)
     return smp[:len(ref)], ref
 
@@ -150,46 +156,29 @@ METRICS = {
     "fid": Metric("image", frechet_scores, INCEPTION, "pool", ("mu", "sigma"), "", "image", 50_000),
     "sfid": Metric("image", frechet_scores, INCEPTION, "spatial", ("mu_s", "sigma_s"), "", "image", 50_000),
     "is": Metric("image", inception_scores, INCEPTION, "classes", (), "", "image", 50_000, needs=("fake",)),
-    "precision": Metric("image points", pr_scores, INCEPTION, "pool", default="image", own=True),
-    "recall": Metric("image points", pr_scores, INCEPTION, "pool", default="image", own=True),
+    "kid": Metric("image points", row_scores, INCEPTION, "pool", (), "x 1e3", "image", own=True),
+    **dict.fromkeys(("precision", "recall", "density", "coverage"),
+                    Metric("image points", row_scores, INCEPTION, "pool", default="image", own=True)),
     "fid_clip": Metric("image", frechet_scores, ("clip",), "clip", ("mu_clip", "sigma_clip"), "", "", 50_000),
+    "fdd": Metric("image", frechet_scores, ("dinov2",), "dinov2", ("mu_fdd", "sigma_fdd"), "", "", 50_000),
     "mmd_cd": Metric("points", pair_scores, unit="x 1e3", default="points"),
-    "cov_cd": Metric("points", pair_scores, unit="%", default="points"),
-    "1nna_cd": Metric("points", pair_scores, unit="%", default="points"),
     "mmd_emd": Metric("points", pair_scores, unit="x 1e2", default="points"),
-    "cov_emd": Metric("points", pair_scores, unit="%", default="points"),
-    "1nna_emd": Metric("points", pair_scores, unit="%", default="points"),
+    **dict.fromkeys(("cov_cd", "cov_emd", "1nna_cd", "1nna_emd"),
+                    Metric("points", pair_scores, unit="%", default="points")),
     "jsd": Metric("points", pair_scores, default="points"),
     "p_fid": Metric("points", p_fid_score, ("pointnet",), published=10_000),
     "ulip_i": Metric("points", ulip_score, ("ulip", "bigg"), needs=("images",)),
     "fd": Metric("image points", frechet_scores, (), "own", ("mu_fd", "sigma_fd"), own=True),
 }
 
-# ---- What the paper reports: (data set, category or resolution) -> row -> metric, in the units of our output
-
-PAPER = {
-    ("ffhq256", 256): {"ASFT-B (Tab. 1)": dict(fid_clip=2.46), "ASFT-L (Tab. 1)": dict(fid_clip=2.18)},
-    ("ffhq256", 512): {"ASFT (Tab. 9)": dict(fid=23.09), "bilinear (Tab. 9)": dict(fid=35.05),
-                       "bicubic (Tab. 9)": dict(fid=24.34)},
-    ("church256", 256): {"ASFT-B (Tab. 1)": dict(fid_clip=7.11), "ASFT-L (Tab. 1)": dict(fid_clip=5.51),
-                         "ASFT (Tab. 8)": dict(fid=7.03, precision=0.69, recall=0.34),
-                         "PerceiverIO (Tab. 8)": dict(fid=65.09, precision=0.38, recall=0.01)},
-    ("imagenet128", 128): {"ASFT-XL (Tab. 2)": {"fid": 2.73, "is": 187.6, "precision": 0.80, "recall": 0.58}},
-    ("imagenet256", 256): {"ASFT-XL (Tab. 3)": {"fid": 3.74, "is": 228.8, "precision": 0.82, "recall": 0.52}},
-    ("objaverse", "all"): {"ASFT (Tab. 10)": dict(ulip_i=0.2976, p_fid=0.3638)},
-}
-TABLE4 = {      # category -> references in LION's file, then the figures of ASFT-B and ASFT-L
-    "airplane": (405, (.2861, .5156, 43.38, 47.54, 75.55, 64.95), (.2880, .5052, 44.44, 47.16, 62.20, 62.96)),
-    "chair": (662, (3.631, 2.1725, 46.67, 53.31, 55.43, 51.13), (3.5145, 2.186, 49.39, 49.84, 50.52, 51.66)),
-    "car": (352, (.9923, .7692, 43.46, 47.44, 60.36, 53.27), (.9660, .7846, 44.03, 48.86, 53.83, 54.55)),
-    "all": (1000, (3.2586, 2.1328, 49.00, 50.40, 54.65, 55.70), (3.1775, 1.9794, 49.80, 52.39, 51.80, 53.90))}
-COLUMNS = ("mmd_cd", "mmd_emd", "cov_cd", "cov_emd", "1nna_cd", "1nna_emd")
-PAPER.update({("shapenet", category): {f"ASFT-{size} (Tab. 4)": dict(zip(COLUMNS, row))
-                                       for size, row in zip("BL", rows)}
-              for category, (_, *rows) in TABLE4.items()})
-FOLDERS = {"ffhq256": 256, "church256": 256, "imagenet128": 128, "imagenet256": 256}     # name: resolution
+def published(dataset):
+    """{row: {metric: figure}} of the paper, in our units, of a Set's dataset; of ShapeNet also `references`."""
+    rows = json.loads((Path(__file__).parent / "metrics" / "paper.json").read_text())
+    return rows.get(" ".join(map(str, dataset or ())), {})
 
 # ---- Sets: what --fake and --real may be ---------------------------------------------------------------
+
+FOLDERS = {"ffhq256": 256, "church256": 256, "imagenet128": 128, "imagenet256": 256}     # name: resolution
 
 @dataclass
 class Set:
@@ -200,7 +189,7 @@ class Set:
     item: Callable = None
     files: list = ()
     normalisation: str = None                          # of point clouds, where something says it: box, global
-    dataset: tuple = None                              # key of PAPER
+    dataset: tuple = None                              # name, and category or resolution
     record: dict = field(default_factory=dict)         # samples.json, or what `stats` wrote
     statistics: dict = field(default_factory=dict)
     affine: tuple = ()                                 # mean, std of LION's global normalisation
@@ -282,9 +271,8 @@ def array_set(path, args):
     if array is None:
         return Set(str(path), "image", **more)
     kind, domain = (np.uint8, "image") if array.dtype == np.uint8 else (np.float32, "points")
-    key = ("shapenet", found.category) if found.category in TABLE4 else None
     return Set(str(path), domain, len(array), lambda i: sized(array[i].astype(kind), args), [path],
-               normalisation="global" if found.affine else None, dataset=key, affine=found.affine, **more)
+               normalisation="global" if found.affine else None, dataset=("shapenet", found.category), affine=found.affine, **more)
 
 FILES = {**dict.fromkeys((".npz", ".npy", ".pt", ".pth"), array_set), ".zip": image_set}
 
@@ -311,6 +299,13 @@ def clip_features(args, path):
     tower = clip.load(path).to(args.device)
     return lambda batch: {"clip": tower(clip.preprocess(batch).to(args.device))}
 
+def dinov2_features(args, path):
+    net = dinov2.load(path).to(args.device)
+    found = net.norm.weight.numel(), len(net.blocks), net.registers
+    if found != (1024, 24, 0):
+        raise ValueError(f"{path}: DINOv2 of width, depth and registers {found}; expected ViT-L/14, (1024, 24, 0)")
+    return lambda batch: {"dinov2": net(dinov2.preprocess(batch), "class")}
+
 def own_features(args, path):
     """--features: a function of uint8 (b,3,H,W), or float32 (b,P,3), giving (b,d)."""
     module, _, name = args.features.partition(":")
@@ -323,8 +318,9 @@ def own_features(args, path):
     return lambda batch: {"own": function(batch.permute(0, 3, 1, 2) if batch.dtype == torch.uint8 else batch)}
 
 # network -> load(args, path of weights), a function of a batch (b,H,W,3) or (b,P,3) giving {feature: (b,d)}
-STREAMS = {"inception": inception_features, "clip": clip_features, "own": own_features}
-REAL_FOR_PR = 10_000      # rows of real items: as many as ADM's reference files hold for precision and recall
+STREAMS = {"inception": inception_features, "clip": clip_features, "dinov2": dinov2_features,
+           "own": own_features}
+REAL_ROWS = 10_000        # of real items: as many as ADM's reference files hold for precision and recall
 
 def feature_of(name, args):
     return "own" if METRICS[name].own and args.features else METRICS[name].feature
@@ -336,7 +332,7 @@ def extract(task, side, names, runs):
     wanted = {(feature_of(name, args), bool(METRICS[name].statistics)) for name in names}
     chosen = range(items.count)
     if side == "real":
-        chosen = {*np.random.default_rng(0).permutation(items.count)[:REAL_FOR_PR].tolist()}
+        chosen = {*np.random.default_rng(0).permutation(items.count)[:REAL_ROWS].tolist()}
     mine, size = range(RANK, items.count, WORLD), args.batch or (64 if args.device.type == "cuda" else 8)
     shape = items.item(0).shape
     with ThreadPoolExecutor(args.workers) as pool, sample.progress_bar(len(mine), items.domain) as bar:
@@ -378,6 +374,7 @@ def choose(args, domain, real, warn):
     and of the default what cannot be computed is left out; asked for by name it is an error."""
     known = [name for name, row in METRICS.items() if domain in row.domains]
     default = [n for n in known if (METRICS[n].own if args.features else METRICS[n].default == domain)]
+    default = [] if args.nearest else default                          # its references are for training
     asked, names, found = args.metrics or [], [], {}
     if not {*asked} <= {*known, "all"}:
         raise ValueError(f"--metrics {' '.join(asked)}: of these sets there are all, {', '.join(known)}")
@@ -417,7 +414,7 @@ def require(name, args, domain, real, found, given):
 
 def is_checkpoint(source):
     path = Path(source or "")
-    if path.suffix != ".pt" or not path.is_file():
+    if path.suffix.lower() != ".pt" or not path.is_file():
         return path.is_dir() and bool(sample.checkpoints(path))
     with data.reading(path, "a file of tensors"):
         mmap = zipfile.is_zipfile(path)                                # its weights are not read here
@@ -438,14 +435,17 @@ def evaluate(args):
     def warn(text):
         warnings.append(text)
         print0(f"WARNING: {text}", sys.stderr)
-    real = open_set(args.real, args, "--real") if args.real else None
+    real, held = (open_set(source, args, flag) if source else None
+                  for source, flag in ((args.real, "--real"), (args.held_out, "--held-out")))
+    if args.nearest and not (args.fake and real and real.count) or held and not (args.nearest and held.count):
+        raise ValueError("--nearest N needs --fake, and as --real the training items; --held-out needs both")
     if is_checkpoint(args.fake):
         model, checkpoint = sample.load(args.fake, "raw" if args.raw else "ema")
     elif args.fake:
         fake = open_set(args.fake, args, "--fake")
         fake.count = min(fake.count, args.n or fake.count)
     domain = model.cfg.domain if model else fake.domain if fake else "points"
-    if real and real.domain != domain or fake and not fake.count:
+    if {items.domain for items in (real, held) if items} - {domain} or fake and not fake.count:
         raise ValueError(f"--fake {args.fake}, --real {args.real}: expected items, of one domain")
     names, found, runs = choose(args, domain, real, warn)
     if model:
@@ -460,11 +460,14 @@ def evaluate(args):
         return None
     if not np.isfinite([*scores.values()]).all():
         raise ValueError(f"found {scores}; expected finite numbers")
-    key = next((items.dataset for items in (real, fake) if items and items.dataset), None)
-    paper = {row: figures for row, figures in PAPER.get(key, {}).items() if {*figures} & {*scores}}
-    print_table({"ours": scores, **paper})
+    rows = next(filter(None, (published(items.dataset) for items in (real, fake) if items)), {})
+    paper = {row: rows[row] for row in rows if row != "references" and {*rows[row]} & {*scores}}
+    if scores:
+        print_table({"ours": scores, **paper})
     print(f"{task.protocol['n_fake']} samples, {task.protocol['n_real']} references; protocol in {args.json}")
     result = dict(metrics=scores, paper=paper, protocol=task.protocol, warnings=warnings)
+    if args.nearest:
+        result["nearest"] = memorised(task, held)
     write_json(args.json, result)
     return result
 
@@ -477,13 +480,46 @@ def compute(task, names, runs, scores):
     streamed = [name for name in streamed if not {*METRICS[name].statistics} & {*task.real.statistics}]
     if streamed and task.real.count:
         extract(task, "real", streamed, runs)
-    sizes = [task.protocol.get(f"{side}_size") for side in ("fake", "real")]
+    sizes, hashes, paths = ([task.protocol.get(f"{side}{key}") for side in ("fake", "real")]
+                            for key in ("_size", "_sha256", ""))
     if None not in sizes and sizes[0] != sizes[1]:
         task.warn(f"sizes differ: samples {sizes[0]}, references {sizes[1]}; --res brings images to one")
+    same = None not in hashes and hashes[0] == hashes[1]
+    if same or None not in paths and Path(paths[0]).resolve() == Path(paths[1]).resolve():
+        task.warn(f"{paths[0]} and {paths[1]} are the same set: the figures say nothing of a model")
     for score in dict.fromkeys(METRICS[name].score for name in names):
         mine = [name for name in names if METRICS[name].score is score]
         if RANK == 0 or score is pair_scores:
-            scores.update({name: x for name, x in score(task, mine).items() if name in (*mine, "is_std")})
+            scores.update({name: x for name, x in score(task, mine).items() if name.removesuffix("_std") in mine})
+
+def memorised(task, held):
+    """--nearest N: the three training items nearest to each of N samples, on a sheet and in numbers."""
+    args, real, image = task.args, task.real, task.fake.domain == "image"
+
+    def read(items, i):
+        item = items.item(i)
+        return item if image or args.normalize == "none" else clouds.normalise_box(item[None])[0]
+
+    def near(items):                                                   # (N,S)
+        with sample.progress_bar(items.count, "item") as bar:
+            return nearest.distances(distance, partial(read, items), items.count, args.workers, bar.update)
+    samples = [read(task.fake, i) for i in range(min(args.nearest, task.fake.count))]
+    distance = nearest.pixels(samples) if image else nearest.chamfer(samples)
+    found = near(real)
+    order = found.argsort(1, kind="stable")[:, :3]
+    tiles = [tile for one, row in zip(samples, order) for tile in (one, *(read(real, j) for j in row))]
+    if not image:
+        tiles = [sample.draw_points(2 * clouds.normalise_box(tile[None])[0]) for tile in tiles]
+    sheet = Path(args.json).with_suffix(".nearest.png")
+    write_atomic(sheet, lambda file: sample.grid_image(tiles, 1 + order.shape[1]).save(file, "PNG"))
+    result = dict(sheet=str(sheet), distance="root mean square of pixels" if image else "Chamfer",
+                  items=order.tolist(), distances=np.take_along_axis(found, order, 1).tolist(),
+                  train=found.min(1).mean(), n_train=real.count)
+    if held:
+        result.update(held_out=near(held).min(1).mean(), n_held_out=held.count)
+        result["ratio"] = result["train"] / result["held_out"] if result["held_out"] else None
+    print("nearest:", *(f"{key} {value}" for key, value in result.items() if key not in ("items", "distances")))
+    return result
 
 def protocol(args, fake, real, found):
     """How the figures come about: all flags, what sample.py wrote beside the samples, both sets."""
@@ -504,11 +540,8 @@ def check_pair(fake, real, names, warn):
     """Warns where the protocol makes figures incomparable."""
     few = [name for name in names if fake.count < METRICS[name].published]
     if few:
-        most = METRICS[few[0]].published
-        warn(f"{', '.join(few)} of {fake.count} samples: published figures are of {most:,}; below 10,000 "
-             f"the bias is larger than the differences between models")
-    if few and 0 < real.count < 10_000 and not real.statistics:
-        warn(f"{', '.join(few)} against {real.count} real items: published references have 10,000 at least")
+        warn(f"{', '.join(few)} of {fake.count} samples against {real.count} real items: published figures are "
+             f"of {METRICS[few[0]].published:,}; below 10,000 of either the bias exceeds what models differ by")
     types = [items.file_type for items in (fake, real)]
     lossy = {bool({"jpg", "jpeg", "webp", "avif", "jp2"} & {*kind.split("+")}) for kind in types if kind}
     if len(lossy) == 2:
@@ -518,7 +551,7 @@ def print_table(columns):
     """{heading: {metric: figure}}; the first column says which metrics."""
     print(" " * 14, *(f"{heading:>18}" for heading in columns))
     for name in next(iter(columns.values())):
-        unit = METRICS[name].unit if name in METRICS else ""
+        unit = METRICS[name.removesuffix("_std")].unit
         figures = (f"{column[name]:18.4f}" if name in column else f"{'-':>18}" for column in columns.values())
         print(f"{name} {unit}".ljust(14), *figures)
 
@@ -568,6 +601,9 @@ def parser():
     flag("--res", type=positive, help="crop and resize images to this side, as training does")
     flag("--n", "--samples", type=positive, help="samples to draw or read; items of an endless data set")
     flag("--k", type=positive, default=3, help="neighbour of precision and recall (default: 3)")
+    flag("--nearest", type=positive, metavar="N", help="a sheet of N samples, each with its nearest items of "
+         "--real, here the training set; other metrics only where they are named")
+    flag("--held-out", help="of --nearest: items of no training, a set as --real")
     flag("--emd", choices=[*clouds.DISTANCES][1:], default="lion", help="default: lion, the paper's scale")
     flag("--normalize", choices=("box", "none"), default="box", help="clouds: longest side 1, or as stored")
     flag("--images", help="ulip_i: the conditioning images, in order, or their features as .npy")

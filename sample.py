@@ -114,25 +114,27 @@ DIFFUSIONS = {"sigma": sigma, "sbdm": sbdm}
 class Velocity:
     """Guided velocity v_null + g (v_cond - v_null) of a state whose first `context` pairs are the context.
     One of its `calls` is one encoder pass, then the decoder in chunks; guidance 1 runs the conditional pass
-    alone. progress(share) hears of each chunk as a share of a call. Of queries that are a `grid` (height,
-    width, stride) only those that `interpolated` asks for are decoded."""
+    alone, as does a time outside of the interval. progress(share) hears of each chunk as a share of a call.
+    Of queries that are a `grid` (height, width, stride) `interpolated` decodes a part."""
 
-    def __init__(self, model, coords, context, label=None, tokens=None, guidance=1.0, chunk=None,
-                 progress=None, grid=None, refine=0.0):
+    def __init__(self, model, coords, context, label=None, tokens=None, guidance=1.0, interval=(0.0, 1.0),
+                 chunk=None, progress=None, grid=None, refine=0.0):
         self.model, self.coords, self.context, self.guidance = model, coords, context, guidance
-        self.grid, self.refine = grid, refine
+        self.grid, self.refine, self.interval = grid, refine, interval
         self.label, self.tokens, self.progress, self.calls = label, tokens, progress, 0
         # a CPU is fastest while the activations of a chunk stay in its cache, a GPU when it is filled
         self.chunk = chunk or (4096 if model.device.type == "cpu" else 65536)
-        self.guided = guidance != 1 and (label is not None or tokens is not None)
+        self.conditional = label is not None or tokens is not None
 
     def __call__(self, x, t):
         self.calls += 1
-        B, coords, halves = len(x), self.coords, 1 + self.guided
+        low, high = self.interval
+        guided = self.conditional and self.guidance != 1 and low <= t <= high
+        B, coords, halves = len(x), self.coords, 1 + guided
         t = x.new_full((B * halves,), t)                                                 # (2B,)
         label = None if self.label is None else self.label.repeat(halves)                # (2B,)
         tokens = None if self.tokens is None else self.tokens.repeat(halves, 1, 1)       # (2B, T, token_dim)
-        drop = torch.arange(B * halves, device=x.device) >= B if self.guided else None  # the second half
+        drop = torch.arange(B * halves, device=x.device) >= B if guided else None        # the second half
         context = None if coords is None else coords[:self.context]                      # (N, 2)
         levels = self.model.encode(context, x[:, :self.context], t, label, tokens, drop)  # K x (2B, L, D)
         prepared = self.model.prepare(levels, t, label, drop)
@@ -142,7 +144,7 @@ class Velocity:
             for some in pairs.split(max(1, self.chunk // B)):
                 place = None if coords is None else coords[some]                         # (m, 2)
                 v = self.model.decode(prepared, place, x[:, some]).float()               # (2B, m, 3)
-                if self.guided:
+                if guided:
                     cond, null = v.chunk(2)
                     v = null + self.guidance * (cond - null)                             # (B, m, 3)
                 out[:, some] = v
@@ -181,16 +183,17 @@ class Velocity:
         return corners.numel() + middles.numel() + int(exact.sum())
 
 @torch.no_grad()
-def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=None, guidance=1.0, chunk=None,
-             progress=None, noise="white", noise_length=4.0, refine=0.0, solver="euler", **solver_options):
+def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=None, guidance=1.0,
+             guidance_interval=(0.0, 1.0), chunk=None, progress=None, noise="white", noise_length=4.0,
+             refine=0.0, solver="euler", **solver_options):
     """Samples `indices` of a seed: (B, M, 3) float32 on the model's device, and the NFE.
 
     size: (height, width) of images, a number of points, or None for the training resolution; part: a box (x0,
     y0, x1, y1) of its pixels, or a run (start, stop) of its points, None for all. label (B,) int64; tokens
-    (B, T, token_dim). noise: one of NOISES, that of the queries; noise_length: of coupled noise on images, in
-    training pixels; refine: with coupled noise, velocities of an image much finer than trained are
-    interpolated where that is off by at most so much (see `Velocity.interpolated`), one sample at a time.
-    solver_options are those of the solver, with names of PATHS and DIFFUSIONS."""
+    (B, T, token_dim). guidance_interval: the times (low, high) with guidance. noise: one of NOISES, that of
+    the queries; noise_length: of coupled noise on images, in training pixels; refine: with coupled noise,
+    velocities of an image much finer than trained are interpolated where that is off by at most so much (see
+    `Velocity.interpolated`), one sample at a time. solver_options name PATHS and DIFFUSIONS."""
     cfg, image, options = model.cfg, model.cfg.domain == "image", solver_options
     N, trained = trained_size(cfg)
     size = trained if size is None else tuple(size) if image else size
@@ -222,7 +225,8 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
     if image:
         queries = [image_coords(*size, box=part)] if apart else []
         coords = torch.cat([image_coords(cfg.res), *queries]).to(model.device)
-    velocity = Velocity(model, coords, N, label, tokens, guidance, chunk, progress, grid, refine)
+    velocity = Velocity(model, coords, N, label, tokens, guidance, guidance_interval, chunk, progress, grid,
+                        refine)
     supplied = dict(noise=lambda i: noise_of_pairs(i + 1), control=N)
     options |= {k: v for k, v in supplied.items() if k in inspect.signature(SOLVERS[solver]).parameters}
     for name, table in (("path", PATHS), ("diffusion", DIFFUSIONS)):
@@ -254,8 +258,8 @@ def random_words(purpose, seed, step, samples, count=None, items=None):
     return philox((items, samples, torch.full_like(items, step), code), (seed, seed >> 32))
 
 def philox(counter, key):
-    """Philox4x32-10 (Salmon et al. 2011), with its constants: four int64 tensors (...), the words of a counter,
-    -> (4, ...). A product of two words wraps at 2^64, of which both halves are used."""
+    """Philox4x32-10 (Salmon et al. 2011), with its constants: a counter of four words, int64 tensors (...),
+    -> (4, ...). A product of two words wraps at 2^64; both halves of it are used."""
     low = 2 ** 32 - 1
     (a, b, c, d), (k, m) = counter, (word & low for word in key)
     for _ in range(10):
@@ -265,7 +269,7 @@ def philox(counter, key):
     return torch.stack([a, b, c, d])
 
 def normals(words):
-    """Three standard normal numbers of each four words (Box & Muller 1958): (4, B, n) -> (B, n, 3) float32."""
+    """Three standard normal numbers of four words (Box & Muller 1958): (4, B, n) -> (B, n, 3) float32."""
     u = (words.float() + 0.5) * 2.0 ** -32                                               # above 0, at most 1
     radius, angle = (-2 * u[:2].log()).sqrt(), 2 * math.pi * u[2:]
     return torch.stack([*(radius * angle.cos()), radius[0] * angle[0].sin()], -1)
@@ -307,45 +311,50 @@ def smooth(grid, size, part):
 # ---- Samples as files: 000000.png, or .npy, .ply and a preview .png; samples.json tells the setting
 
 DEFAULTS = dict(evaluations=100, rtol=1e-3, atol=1e-3, diffusion="sigma", last=0.004)      # of solvers
+WISHES = dict(size=None, crop=None, seed=0, classes=(), tokens=None, guidance=None, guidance_interval=(0, 1),
+              solver=None, options={}, dtype="auto", noise="white", noise_length=4.0, refine=0.0)
 AT_ONCE = 2 ** 20         # queries of a batch: their state and noise are some 100 MB
 
-def resolve(cfg, checkpoint, size=None, crop=None, seed=0, classes=(), tokens=None, guidance=None,
-            solver=None, options=(), dtype="auto", noise=None, noise_length=None, refine=None):
-    """The whole setting of some samples as JSON values, with the recipe's where none is given."""
+def resolve(cfg, checkpoint, **wishes):
+    """The whole setting of some samples as JSON values: wishes that are not None, over the recipe's defaults,
+    over WISHES."""
     config, image = checkpoint["config"], cfg.domain == "image"
-    recipe = dict(noise="white", noise_length=4.0, refine=0.0) | config["sampling"]
-    names, solver, options = config["class_names"], solver or recipe["solver"], dict(options)
-    if guidance not in (None, 1) and not (names or tokens):
-        raise ValueError(f"--guidance {guidance}: there are neither classes nor --tokens to guide by")
+    names, recipe = config["class_names"], config["sampling"]
+    given = {name: wish for name, wish in wishes.items() if wish is not None}
+    setting = WISHES | {name: value for name, value in recipe.items() if name in WISHES} | given
+    if not given.keys() <= WISHES.keys():
+        raise TypeError(f"{given}: expected {', '.join(WISHES)}")
+    if not names and not setting["tokens"]:
+        if given.get("guidance", 1) != 1:
+            raise ValueError(f"--guidance {given['guidance']}: there are no classes, no --tokens to guide by")
+        setting["guidance"] = 1.0
     known = DEFAULTS | dict(steps=recipe["steps"], path=config["path"])
-    takes = [name for name in known if name in inspect.signature(SOLVERS[solver]).parameters]
-    for name in set(options) - set(takes):
-        raise ValueError(f"--{name}: solver {solver} has no such option; it takes {', '.join(takes)}")
-    size = size or trained_size(cfg)[1]
+    takes = [name for name in known if name in inspect.signature(SOLVERS[setting["solver"]]).parameters]
+    for name in set(setting["options"]) - set(takes):
+        raise ValueError(f"--{name}: not of solver {setting['solver']}, which takes {', '.join(takes)}")
+    size, crop = setting["size"] or trained_size(cfg)[1], setting["crop"]
+    low, high = setting["guidance_interval"]
     height, width = size if image else (size, 1)
     x0, y0, x1, y1 = crop or (0, 0, width, height)
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise ValueError(f"--crop {crop}: expected x0,y0,x1,y1, x0 < x1 <= {width} and y0 < y1 <= {height}")
-    if noise == "coupled" and not image:
+    if setting["noise"] == "coupled" and not image:
         raise ValueError("--noise coupled: does not apply to point clouds")
-    noise_length = recipe["noise_length"] if noise_length is None else noise_length
-    refine = recipe["refine"] if refine is None else refine
-    if not (noise_length > 0 and refine >= 0):
-        raise ValueError(f"--noise-length {noise_length}, --refine {refine}: expected > 0 and >= 0")
-    if guidance is None:
-        guidance = recipe["guidance"] if names or tokens else 1.0
-    return json.loads(json.dumps(dict(
-        ckpt_sha256=checkpoint["sha256"], step=checkpoint["step"], weights=checkpoint["weights"],
-        dataset=config["settings"].get("dataset"), category=config["settings"].get("category"), size=size,
-        crop=crop, shape=(y1 - y0, x1 - x0), seed=seed, classes=parse_classes(classes, names), tokens=tokens,
-        guidance=guidance, solver=solver, options={k: known[k] for k in takes} | options, dtype=dtype,
-        noise=noise or recipe["noise"], noise_length=noise_length, refine=refine)))
+    if not (setting["noise_length"] > 0 and setting["refine"] >= 0 and 0 <= low <= high <= 1):
+        raise ValueError(f"--noise-length {setting['noise_length']}, --refine {setting['refine']}, "
+                         f"--guidance-interval {low} {high}: expected > 0, >= 0, 0 <= LOW <= HIGH <= 1")
+    setting.update(size=size, shape=(y1 - y0, x1 - x0), classes=parse_classes(setting["classes"], names),
+                   options={name: known[name] for name in takes} | setting["options"])
+    about = {name: config["settings"].get(name) for name in ("dataset", "category")}
+    about.update(ckpt_sha256=checkpoint["sha256"], step=checkpoint["step"], weights=checkpoint["weights"])
+    return json.loads(json.dumps(about | setting))
 
 def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=False, **wishes):
     """Writes n samples of a loaded checkpoint (see `load`), or this process's share; returns their directory.
     n: None is 16, or as many as have a million queries in all.
-    wishes: arguments of `resolve`: size and crop as size and part of `generate`, classes by name or index and
-    taken in turn, tokens a path for `read_tokens`. Samples of the same setting that exist are skipped."""
+    wishes: see WISHES; size and crop as size and part of `generate`, classes by name or index and taken in
+    turn, tokens a path for `read_tokens`, options those of the solver. Samples of the same setting that exist
+    are skipped."""
     image, names, device = model.cfg.domain == "image", checkpoint["config"]["class_names"], model.device
     setting = resolve(model.cfg, checkpoint, **wishes)
     queries, options, classes = math.prod(setting["shape"]), setting["options"], setting["classes"]
@@ -363,11 +372,11 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
                   normalisation=checkpoint["config"]["normalisation"])
     code = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]
     tag = "x".join(map(str, setting["size"])) if image else f"{setting['size']}points"
-    out = Path(out or checkpoint["path"].parent / "samples" / f"{tag}-seed{setting['seed']}-{code}")
+    out = Path(out or checkpoint["home"] / f"{tag}-seed{setting['seed']}-{code}")
     todo = begin(out, record, setting)
 
     batch = batch or max(1, min(64, AT_ONCE // queries))
-    refined = cell_size(model.cfg, setting["size"], setting["noise"], setting["refine"])
+    refined = cell_size(model.cfg, setting["size"], setting["noise"], setting["refine"])       # pixels
     if refined:
         batch = 1                                                      # each has its own pixels to decode
     calls = (options.get("steps") or options["evaluations"]) * (2 if setting["solver"] == "heun" else 1)
@@ -375,9 +384,8 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     if todo and RANK == 0:
         given = torch.stack(tokens[:1]).to(device) if tokens else None
         seconds = len(todo) * calls * seconds_of_a_call(model, setting, queries, given)
-        print0(f"about {seconds:.0f} s: {len(todo)} x {calls} evaluations of {queries:,} queries")
-        if refined:
-            print0(f"far less where velocities are interpolated (--refine {setting['refine']:g})")
+        least = f"{2 * seconds / refined ** 2:.0f} to " if refined else ""
+        print0(f"about {least}{seconds:.0f} s: {len(todo)} x {calls} evaluations of {queries:,} queries")
     started, bar = time.time(), progress_bar(len(todo), "sample")
     for mine in (todo[i:i + batch] for i in range(0, len(todo), batch)):
         given = torch.stack([tokens[i % len(tokens)] for i in mine]).to(device) if tokens else None
@@ -395,6 +403,8 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     wait_for_all()                                              # whoever reads the record next finds it whole
     return out
 
+GENERATED = "guidance", "guidance_interval", "noise", "noise_length", "refine"             # of `generate`
+
 def draw(model, setting, indices, size=None, part=None, **more):
     """`generate` with a setting of `resolve`, or another size and part: (B, M, 3) on the CPU, and the NFE."""
     classes, label = setting["classes"], None
@@ -403,7 +413,7 @@ def draw(model, setting, indices, size=None, part=None, **more):
     with autocast(model.device, setting["dtype"], "float32"):
         x, nfe = generate(model, indices, setting["seed"], size or setting["size"], part or setting["crop"],
                           label, solver=setting["solver"], **setting["options"], **more,
-                          **{name: setting[name] for name in ("guidance", "noise", "noise_length", "refine")})
+                          **{name: setting[name] for name in GENERATED})
     if not x.isfinite().all():
         raise ValueError(f"the {setting['weights']} weights of step {setting['step']}: non-finite samples")
     return x.float().cpu(), nfe
@@ -504,9 +514,24 @@ def grid_image(images, columns=None):
 
 # ---- Checkpoints and files
 
+WEIGHTS = Path(__file__).resolve().parent / "weights"                  # shipped models; see README.md there
+
 def checkpoints(run):
     """The checkpoint files of a run directory, newest first: ckpt.pt, then the ckpt-STEP.pt before it."""
     return [*Path(run).glob("ckpt.pt"), *sorted(Path(run).glob("ckpt-*[0-9].pt"), reverse=True)]
+
+def find_checkpoint(path=None):
+    """What --ckpt names: a file, a run directory, or a shipped model; None: the newest run, else glyphs."""
+    runs = sorted(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime)
+    shipped = {file.stem: file for file in WEIGHTS.glob("*.pt")}
+    found = Path(path) if path else runs[-1].parent if runs else shipped.get("glyphs")
+    found = found if found and found.exists() else shipped.get(str(path))
+    if not found:
+        raise ValueError(f"--ckpt {path}: expected a checkpoint or run directory of `python train.py`, or a "
+                         f"shipped model ({', '.join(sorted(shipped))})")
+    if not path:
+        print0(f"model: {found}")
+    return found
 
 def read_checkpoint(path, mmap=False):
     """A checkpoint of train.py on the CPU, with its `path`; of a run directory the newest whole one."""
@@ -518,7 +543,7 @@ def read_checkpoint(path, mmap=False):
             ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
             if file.stat().st_mtime_ns != written:                     # a training replaced it meanwhile
                 return read_checkpoint(path, mmap)
-            if not damaged and {"model", "ema", "step", "config"} <= {*ckpt}:
+            if not damaged and {"ema", "step", "config"} <= {*ckpt}:
                 return dict(ckpt, path=file)
         except FileNotFoundError:
             raise
@@ -528,18 +553,19 @@ def read_checkpoint(path, mmap=False):
     raise ValueError(f"{path}: no readable checkpoint; expected a ckpt.pt of train.py, or its run directory")
 
 def load(path=None, weights="ema"):
-    """The model of a checkpoint (evaluation mode, CPU; by default the newest run's), and the checkpoint."""
-    runs = sorted(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime)
-    if not path and not runs:
-        raise ValueError("no checkpoint in runs/*/ckpt.pt: train one with `python train.py`, or give --ckpt")
-    ckpt = read_checkpoint(path or runs[-1].parent, mmap=True)
+    """The model of a checkpoint (evaluation mode, CPU; see `find_checkpoint`), and the checkpoint, whose
+    `home` is where its samples go by default."""
+    ckpt = read_checkpoint(find_checkpoint(path), mmap=True)
+    file = ckpt["path"].resolve()
+    home = Path("samples", file.stem) if file.parent == WEIGHTS else ckpt["path"].parent / "samples"
     try:
         model = ASFT(Config(**ckpt["config"]["model"]))
         model.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
     except (TypeError, RuntimeError, KeyError) as e:
         raise ValueError(f"{ckpt['path']}: not a model of this model.py: {str(e)[:600]}") from None
-    with open(ckpt["path"], "rb") as f:
-        return model.eval(), dict(ckpt, weights=weights, sha256=hashlib.file_digest(f, "sha256").hexdigest())
+    with open(file, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    return model.eval(), dict(ckpt, weights=weights, sha256=digest, home=home)
 
 def read_tokens(path, cfg):
     """Condition tokens (T, token_dim), key `cond_token`, of an .npz, or of every .npz below a directory."""
@@ -666,7 +692,8 @@ def parse_classes(wanted, names):
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument
-    flag("--ckpt", help="checkpoint file or run directory (default: the newest in runs/)")
+    flag("--ckpt", help="checkpoint file, run directory, or a shipped model: glyphs, solids, emoji (default: "
+         "the newest run in runs/, else glyphs)")
     flag("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights (default: ema)")
     # torchrun takes --n in its script's flags for its own --nnodes, hence the second name
     flag("--n", "--samples", type=positive, help="number of samples (default: 16, fewer of large ones)")
@@ -677,6 +704,8 @@ def parser():
     flag("--points", type=positive, help="point clouds: number of points (default: that of training)")
     flag("--tokens", metavar="PATH", help="condition tokens, .npz or a directory of them (tools/tokens.py)")
     flag("--guidance", type=float, help="classifier-free guidance scale; 1 is none (default: the recipe's)")
+    flag("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+         help="times with guidance, 1 being noise (default: 0 1)")
     flag("--noise", choices=NOISES, help="of the queries (default: the recipe's)")
     flag("--noise-length", type=float, help="images: of coupled noise, in training pixels")
     flag("--refine", type=float, help="large images, coupled noise: velocities are interpolated where that "
@@ -705,11 +734,10 @@ def main(argv=None):
             raise ValueError(f"--{name}: does not apply to a checkpoint of domain {model.cfg.domain}")
     model.to(start_processes(args.device, "gloo"))
     options = {name: getattr(args, name) for name in ("steps", *DEFAULTS) if getattr(args, name) is not None}
-    return sample(model, checkpoint, args.n, args.out, args.batch, args.chunk, args.npz, seed=args.seed,
-                  size=parse_size(args.res or "1x", model.cfg) if image else args.points, crop=args.crop,
-                  classes=args.classes, tokens=args.tokens, guidance=args.guidance, solver=args.solver,
-                  options=options, dtype=args.dtype, noise=args.noise, noise_length=args.noise_length,
-                  refine=args.refine)
+    size = parse_size(args.res or "1x", model.cfg) if image else args.points
+    wishes = {name: getattr(args, name) for name in WISHES.keys() - {"size", "options"}}
+    return sample(model, checkpoint, args.n, args.out, args.batch, args.chunk, args.npz, size=size,
+                  options=options, **wishes)
 
 if __name__ == "__main__":
     run_main(main)

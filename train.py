@@ -7,28 +7,34 @@ the run directory. Alphabet and conventions are those of model.py.
 """
 import argparse
 import copy
-import functools
 import inspect
 import json
 import math
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch.utils._pytree import tree_map_only
 
 import data
 from model import ASFT, ENCODERS, PATHS, PRESETS, TIMES, cicfm_loss, config, image_coords
-from sample import (NOISES, RANK, SOLVERS, WORLD, autocast, checkpoints, draw_points, generate, grid_image,
-                    natural, normals, positive, print0, progress_bar, random_words, read_checkpoint, run_main,
-                    start_processes, to_pixels, write_atomic, write_json, write_png)
+from sample import (RANK, SOLVERS, WORLD, autocast, checkpoints, draw_points, find_checkpoint, generate,
+                    grid_image, natural, normals, positive, print0, progress_bar, random_words,
+                    read_checkpoint, run_main, start_processes, to_pixels, write_atomic, write_json,
+                    write_png)
 
 # ---- Recipes: every value is a default that a flag of the same name overrides ------------------------------
 
@@ -97,9 +103,6 @@ FLAGS = {
     "solver": (None, SOLVERS, "default of sample.py for this run"),
     "sampling_steps": (None, positive, "default of sample.py for this run"),
     "guidance": (None, float, "default of sample.py for this run"),
-    "noise": (None, NOISES, "of the queries: default of sample.py for this run"),
-    "noise_length": (None, float, "of coupled noise, in training pixels: default of sample.py for this run"),
-    "refine": (None, float, "default of sample.py for this run"),
     "seed": (0, natural, "of weights, data order and noise"),
     "device": ("auto", str, "auto, cpu, cuda or cuda:N"),
     "dtype": ("auto", ("auto", "float32", "bfloat16"), "auto: bfloat16 autocast where the processor has it"),
@@ -115,9 +118,16 @@ FLAGS = {
     "sample_every": (1000, positive, "steps"),
     "keep": (1, natural, "earlier checkpoints kept as ckpt-STEP.pt"),
     "max_bad_steps": (20, positive, "stop after so many non-finite steps in a row"),
+    "init": (None, str, "start from the averaged weights of this checkpoint or shipped model"),
+    "eval_every": (None, positive, "steps between scores of 256 samples: fid, or 1nna_cd of point clouds"),
+    "eval_flags": ("", str, "more flags of evaluate.py for it, as in '--features module:callable --n 1000'"),
+    "wandb": (None, str, "project of Weights & Biases to log to as well"),
+    "tensorboard": (False, bool, "log to the run directory for TensorBoard as well"),
+    "local_rank": (None, str, argparse.SUPPRESS),
 }
+ARCHITECTURE = "width", "depth", "heads", "latents", "levels", "encoder", "rope", "encoder_heads", "qk_norm"
 RANGES = dict(ema=(0, 0.9999999), drop=(0, 1), beta2=(0, 0.999999), lr=(1e-12, 1), clip=(1e-6, 1e9),
-              guidance=(0, 1e3), noise_length=(1e-3, 1e6), refine=(0, 1e3))
+              guidance=(0, 1e3))
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,7 +154,12 @@ def settings(argv=None):
     for name in ("dataset", "model", "batch_size", "seed"):            # data order and weights rest on them
         if stored and given.get(name, stored[name]) != stored[name]:
             raise ValueError(f"--{name} {given[name]}: the run to resume has {stored[name]}")
+    if "local_rank" in given:
+        raise ValueError("--local-rank: python -m torch.distributed.launch gives it; start with torchrun")
     dataset = given.get("dataset", stored.get("dataset", "glyphs"))
+    if "init" in given:                                    # its architecture is the default
+        old = read_checkpoint(find_checkpoint(given["init"]), mmap=True)["config"]["settings"]
+        stored = {name: old[name] for name in ("model", *ARCHITECTURE)} | stored
     recipe, cpu = RECIPES[dataset], given.get("device") == "cpu" or not torch.cuda.is_available()
     if dataset in ON_CPU and cpu and not stored and "model" not in given:
         print0(f"no CUDA device: the small recipe for {dataset}; --model {recipe['model']} gives the paper's")
@@ -207,25 +222,15 @@ def learning_rate(args, step):
 def main(argv=None):
     args, given, ckpt = settings(argv)
     device, out = start_processes(args.device), Path(args.out)
-    if args.deterministic:
-        make_deterministic()
     dataset, cfg = build(args, given)
     model, ema, optimizer, step = start(args, cfg, ckpt, dataset, device)
-    net = model                                                        # `net` is called, `model` is saved
-    if args.compile or args.compile is None and device.type == "cuda":
-        net = torch.compile(model)
-    if WORLD > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-    run = dict(model=asdict(cfg), class_names=dataset.class_names, items=len(dataset), path=args.path,
-               sampling=dict(solver=args.solver, steps=args.sampling_steps, guidance=args.guidance,
-                             noise=args.noise, noise_length=args.noise_length, refine=args.refine),
-               normalisation="box" if cfg.domain == "points" else None, tokens=getattr(dataset, "spec", None),
-               settings=vars(args))
-    records = open_run(out, run, ckpt) if RANK == 0 else []
-    micro, left_out = args.batch_size // WORLD // args.accumulate, {} if args.skip_bad else None
+    net = wrap(model, args, device)                                    # `net` is called, `model` is saved
+    run = describe(args, cfg, dataset)
+    records, board = (open_run(out, run, ckpt), open_board(args, out, run)) if RANK == 0 else ([], None)
     workers = args.workers
     if workers is None:    # on a CPU a data process takes time from training, and pays where files are read
         workers = 4 if device.type == "cuda" else int(args.loader in ("folder", "shapenet", "objaverse"))
+    micro, left_out = args.batch_size // WORLD // args.accumulate, {} if args.skip_bad else None
     batches = data.loader(dataset, args.seed, step, args.batch_size, micro, RANK, WORLD, workers,
                           pin=device.type == "cuda", skip_bad=left_out)
     coords = image_coords(cfg.res, device=device) if cfg.domain == "image" else None
@@ -233,16 +238,21 @@ def main(argv=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
     sums, skipped = torch.zeros(4, device=device), []      # loss, finite losses, stopping, items left out
-    saved = step if ckpt and ckpt["path"].resolve() == (out / "ckpt.pt").resolve() else None
+    writer = Writer(out, step if ckpt and ckpt["path"].resolve() == (out / "ckpt.pt").resolve() else None)
     bar, logged, began = progress_bar(args.steps, "step", step), step, time.time()
 
     while True:
         last = step >= args.steps or stop
-        if RANK == 0 and step not in (0, saved) and (step % args.save_every == 0 or last):
-            saved = attempt(last, save, out, step, saved, model, ema, optimizer, run, args.keep) or saved
-            attempt(False, draw_curve, out / "loss.png", records)
-        if RANK == 0 and step > 0 and not stop and (step % args.sample_every == 0 or last):
-            attempt(False, sample_sheet, out / f"samples-{step:07d}.png", model, ema, args, dataset, device)
+        scored = args.eval_every and step and (step % args.eval_every == 0 or last) and not stop
+        if RANK == 0 and step not in (0, writer.saved) and (step % args.save_every == 0 or scored or last):
+            writer.save(step, model, ema, optimizer, run, args.keep, wait=last)
+        if step and not stop and (step % args.sample_every == 0 or last):
+            sample_sheet(out, step, model, ema, args, dataset, device, board)
+        if RANK == 0 and scored and {step} - {r["step"] for r in records if "eval" in r}:
+            writer.wait()
+            attempt(evaluate, out, args, step, device, records, board)
+        if RANK == 0 and (step % args.save_every == 0 or scored or last):
+            attempt(draw_curve, out / "loss.png", records)
         if last:
             break
 
@@ -279,7 +289,7 @@ def main(argv=None):
                           peak_gb=peak_memory(device),
                           samples_per_s=round((step - logged) * args.batch_size / (time.time() - began), 2))
             if RANK == 0:
-                log(out, records, record, args, bar)
+                log(out, records, record, args, bar, board)
             row = (row + flags)[-args.max_bad_steps:]
             if sum(row) == args.max_bad_steps:
                 raise ValueError(f"{len(row)} steps in a row up to {step} were not finite (--max-bad-steps)")
@@ -311,8 +321,7 @@ def build(args, given):
 
 def configure(args, processes, **changes):
     """The model configuration. Raises ValueError where batch or decoded pairs do not fit it."""
-    names = ("width", "depth", "heads", "latents", "levels", "encoder", "rope", "encoder_heads", "qk_norm")
-    changes |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    changes |= {name: getattr(args, name) for name in ARCHITECTURE if getattr(args, name) is not None}
     cfg = config(args.model, **changes)
     N = cfg.res ** 2 if cfg.domain == "image" else cfg.points
     if args.decode > N:
@@ -324,13 +333,17 @@ def configure(args, processes, **changes):
 
 def start(args, cfg, ckpt, dataset, device):
     """Model, averaged model, optimizer and step: new ones, or those of the checkpoint."""
+    if args.deterministic:
+        make_deterministic()
     torch.manual_seed(args.seed)
-    model = ASFT(cfg).to(device)
-    model.grad_checkpoint = args.grad_checkpoint
+    model = ASFT(cfg)
+    if args.init and not ckpt:
+        initialise(model, args.init, dataset.class_names)
+    model.to(device).grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
     classes, size = len(dataset.class_names), sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f"{args.dataset}: {len(dataset)} items, {classes or 'no'} classes {dataset.class_names[:3]}; "
+    print0(f"{args.dataset}: {len(dataset)} items, {getattr(dataset, 'about', f'{classes} classes')}; "
            f"{args.model}, {size:.1f}M parameters, on {device}; batch {args.batch_size} = {WORLD} processes "
            f"x {args.accumulate} micro-batches x {args.batch_size // WORLD // args.accumulate}; {args.out}")
     if not ckpt:
@@ -352,7 +365,46 @@ def start(args, cfg, ckpt, dataset, device):
     except (RuntimeError, KeyError, ValueError) as e:
         raise ValueError(f"{file}: not a checkpoint to train on ({str(e)[:300]})") from None
     print0(f"resumed at step {ckpt['step']}")
+    rates = [learning_rate(argparse.Namespace(**before["settings"]), max(0, ckpt["step"] - 1)),
+             learning_rate(args, ckpt["step"])]
+    if max(rates) > 2 * min(rates):
+        print0(f"warning: the learning rate jumps from {rates[0]:.3g} to {rates[1]:.3g} (--steps)")
     return model, ema, optimizer, ckpt["step"]
+
+def initialise(model, path, class_names):
+    """Averaged weights of any checkpoint; the embedding of other classes than its own stays newly drawn."""
+    ckpt = read_checkpoint(find_checkpoint(path))
+    old, state = ckpt["config"]["class_names"], dict(ckpt["ema"])
+    if old != class_names and state.pop("classes.weight", None) is not None:
+        print0(f"--init {path}: embeddings of {len(class_names)} classes are new, instead of its {len(old)}")
+    try:
+        missing, other = model.load_state_dict(state, strict=False)
+    except RuntimeError as e:                              # shapes
+        missing, other = [str(e)[:300]], []
+    if {*missing, *other} - {"classes.weight"}:
+        raise ValueError(f"--init {path}: does not fit --model: {', '.join([*missing, *other][:3])}")
+
+def wrap(model, args, device):
+    """The model, compiled and shared out among processes as the flags ask for."""
+    net = model
+    if args.compile or args.compile is None and device.type == "cuda":
+        try:                                               # fails here, not in the first step
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
+        except Exception as e:                             # a missing compiler raises nearly anything
+            reason = " ".join(str(e).partition("Set TORCHDYNAMO")[0].split())[:200]
+            raise ValueError(f"torch.compile: {reason}; --no-compile trains without it") from None
+        net = torch.compile(model)
+    if WORLD > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    return net
+
+def describe(args, cfg, dataset):
+    """What config.json and every checkpoint say of a run."""
+    names = "solver", "guidance", "noise", "noise_length", "refine"
+    sampling = {name: getattr(args, name) for name in names}
+    return dict(model=asdict(cfg), class_names=dataset.class_names, items=len(dataset), path=args.path,
+                sampling=sampling | dict(steps=args.sampling_steps), tokens=getattr(dataset, "spec", None),
+                normalisation="box" if cfg.domain == "points" else None, settings=vars(args))
 
 def make_deterministic():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")        # cuBLAS asks for it
@@ -360,12 +412,9 @@ def make_deterministic():
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_mem_efficient_sdp(False)                # its backward pass adds in any order
 
-@functools.cache
 def cpu_dtype():
     """bfloat16 where this processor multiplies in it; elsewhere it is emulated, slower than float32."""
-    path = Path("/proc/cpuinfo")
-    flags = path.read_text() if path.exists() else ""
-    return "bfloat16" if re.search(r" (avx512_bf16|amx_bf16|bf16)\b", flags) else "float32"
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
 def peak_memory(device):
     """Largest memory of this process so far in GB: of the GPU, or resident; 0 where Windows does not tell."""
@@ -390,83 +439,160 @@ def open_run(out, run, ckpt):
     write_atomic(path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in records))
     return records
 
-def log(out, records, record, args, bar):
+def open_board(args, out, run):
+    """TensorBoard's writer for --tensorboard; --wandb uploads what it is told. None without either."""
+    if not (args.wandb or args.tensorboard):
+        return None
+    with data.reading("--wandb, --tensorboard", "these packages, and an account for the first"):
+        from torch.utils.tensorboard import SummaryWriter
+        if args.wandb:
+            import wandb
+            wandb.init(project=args.wandb, name=out.name, id=re.sub(r"\W+", "-", str(out)), resume="allow",
+                       dir=out, config=run, sync_tensorboard=True)
+        return SummaryWriter(out)
+
+def tell(board, step, numbers, sheet=None):
+    """Numbers and a sheet of samples to the board, if there is one."""
+    for name, number in numbers.items() if board else ():
+        board.add_scalar(name, number, step)
+    if board and sheet:
+        board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+        board.flush()
+
+def log(out, records, record, args, bar, board):
     """Adds a record to log.jsonl. `skipped` then counts from the start of the run."""
     bar.set_postfix_str(f"loss {record['loss'] or math.nan:.4f}, {record['samples_per_s']} samples/s, "
                         f"{record['peak_gb']} GB")
     if record["skipped"]:
         print0(f"warning: {record['skipped']} steps up to {record['step']} were not finite and were skipped")
-    record["skipped"] += records[-1]["skipped"] if records else 0
+    record["skipped"] += next((r["skipped"] for r in records[::-1] if "skipped" in r), 0)
     if not math.isfinite(record["grad_norm"]):
         record["grad_norm"] = None                                     # JSON has no NaN
     absent = dict(samples_per_s=args.deterministic, peak_gb=args.deterministic, left_out=not args.skip_bad)
-    records.append({key: value for key, value in record.items() if not absent.get(key)})
-    attempt(False, append, out / "log.jsonl", json.dumps(records[-1]) + "\n")
+    attempt(add, out, records, {key: value for key, value in record.items() if not absent.get(key)})
+    tell(board, record["step"], {k: v for k, v in records[-1].items() if k != "step" and v is not None})
 
-def append(path, text):
-    with open(path, "a") as f:
-        f.write(text)
+def add(out, records, record):
+    records.append(record)
+    with open(out / "log.jsonl", "a") as f:
+        f.write(json.dumps(record) + "\n")
 
-def attempt(must, write, *args):
-    """write(*args). A disk that is full or gone ends a training only where it must; else it is said."""
+def attempt(write, *args):
+    """write(*args). A disk that is full or gone does not end a training; it is said."""
     try:
         return write(*args)
     except (OSError, RuntimeError) as e:                               # torch's writer raises RuntimeError
-        if must:
-            raise ValueError(f"{e}: the last step is not saved; continue with --resume auto") from None
         print0(f"warning: {e}; the next interval tries again")
 
-def save(out, step, saved, model, ema, optimizer, run, keep):
-    """ckpt.pt, and the `keep` before it as ckpt-STEP.pt; returns the step. saved: the step of ckpt.pt by now,
-    None where it is of no use. Until the new one is on disk nothing else is touched."""
-    state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                 config=run)
+class Writer:
+    """Writes checkpoints from a copy in host memory, in a thread, while training goes on. saved: the step of
+    ckpt.pt, None where there is none of use."""
+
+    def __init__(self, out, saved):
+        self.out, self.saved, self.thread, self.future = out, saved, ThreadPoolExecutor(1), None
+
+    def save(self, step, model, ema, optimizer, run, keep, wait):
+        """Starts to write a step. Where it must `wait`, a disk that is full or gone ends the training."""
+        self.wait()
+        state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                     step=step, config=run)
+        state = tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), state)
+        self.future = self.thread.submit(save, self.out, state, self.saved, keep)
+        try:
+            if wait:
+                self.saved, self.future = self.future.result(), None
+        except (OSError, RuntimeError) as e:
+            raise ValueError(f"{e}: the last step is not saved; continue with --resume auto") from None
+
+    def wait(self):
+        """Until what is being written is on disk."""
+        if self.future:
+            self.saved, self.future = attempt(self.future.result) or self.saved, None
+
+def save(out, state, saved, keep):
+    """ckpt.pt, and the `keep` before it as ckpt-STEP.pt; returns the step. Until the new one is on disk
+    nothing else is touched."""
     write_atomic(out / "next.pt", lambda f: torch.save(state, f))
     if saved and keep:
         os.replace(out / "ckpt.pt", out / f"ckpt-{saved:07d}.pt")
     os.replace(out / "next.pt", out / "ckpt.pt")
     earlier = checkpoints(out)[1:]                         # later ones are of a future that was given up
-    for old in {*earlier} - {*[p for p in earlier if int(p.stem[5:]) < step][:keep]}:
+    for old in {*earlier} - {*[p for p in earlier if int(p.stem[5:]) < state["step"]][:keep]}:
         old.unlink()
-    return step
+    return state["step"]
+
+def evaluate(out, args, step, device, records, board):
+    """Adds the scores of ckpt.pt to log.jsonl, by evaluate.py, in a process of its own: training's randomness
+    is left alone."""
+    image = PRESETS[args.model].get("domain", "image") == "image"
+    metric = "1nna_cd" if not image else "fd" if "--features" in args.eval_flags else "fid"
+    flags = dict(dataset=args.dataset, data=args.data, category=args.category, n=256, metrics=metric,
+                 device=device, seed=args.seed, **{"res": args.res} if image else {"points": args.points})
+    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    with tempfile.TemporaryDirectory() as work:
+        words += ["--fake", out / "ckpt.pt", "--out", f"{work}/samples", "--json", f"{work}/scores.json",
+                  *shlex.split(args.eval_flags)]
+        done = subprocess.run([sys.executable, Path(__file__).with_name("evaluate.py"), *words], env=alone,
+                              capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f"--eval-every: {done.stderr.strip().splitlines()[-1]}")
+        scores = json.loads(Path(work, "scores.json").read_text())["metrics"]
+    print0(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    add(out, records, dict(step=step, eval=scores))
+    tell(board, step, scores)
 
 def draw_curve(path, records, width=720, height=360):
-    """loss.png: the logged losses and their running mean over steps, logarithmic in loss."""
-    records = [r for r in records if r["loss"]]
-    if not records:
+    """loss.png: the logged losses and their running mean, logarithmic, and in red the scores of --eval-every
+    on a scale of their own, from 0."""
+    losses = [(r["step"], math.log(r["loss"])) for r in records if r.get("loss")]
+    scores = [(r["step"], value) for r in records for value in [*r.get("eval", {}).values()][:1]]
+    if not losses:
         return
-    steps, losses = [r["step"] for r in records], [math.log(r["loss"]) for r in records]
-    low, span = min(losses), max(1e-9, max(losses) - min(losses))
-    sheet, smooth = Image.new("RGB", (width, height), "white"), [losses[0]]
-    pen = ImageDraw.Draw(sheet)
-    for loss in losses[1:]:
-        smooth.append(smooth[-1] + 0.05 * (loss - smooth[-1]))
-    for values, colour in ((losses, "#b9cbe8"), (smooth, "#1f4e9c")):
-        pen.line([(60 + (width - 80) * step / steps[-1], 20 + (height - 60) * (1 - (value - low) / span))
-                  for step, value in zip(steps, values)], fill=colour, width=2)
+    sheet, mean, steps = Image.new("RGB", (width, height), "white"), [losses[0]], losses[-1][0]
+    pen, wide, tall = ImageDraw.Draw(sheet), width - 120, height - 60
+    for step, loss in losses[1:]:
+        mean.append((step, mean[-1][1] + 0.05 * (loss - mean[-1][1])))
+    low, high = min(loss for _, loss in losses), max(loss for _, loss in losses)
+    top, span = max([value for _, value in scores], default=1), max(1e-9, high - low)
+    for curve, bottom, extent, colour in ((losses, low, span, "#b9cbe8"), (mean, low, span, "#1f4e9c"),
+                                          (scores, 0, top, "#c0392b")):
+        pen.line([(60 + wide * step / steps, 20 + tall * (1 - (y - bottom) / extent)) for step, y in curve],
+                 fill=colour, width=2)
     for i in range(5):
-        pen.text((6, height - 46 - (height - 60) * i / 4), f"{math.exp(low + span * i / 4):.4f}", "black")
-        pen.text((48 + (width - 80) * i / 4, height - 24), str(steps[-1] * i // 4), "black")
+        y = height - 46 - tall * i / 4
+        pen.text((6, y), f"{math.exp(low + span * i / 4):.4f}", "black")
+        pen.text((48 + wide * i / 4, height - 24), str(steps * i // 4), "black")
+        pen.text((width - 54, y), f"{top * i / 4:.4g}" if scores else "", "#c0392b")
     write_png(path, sheet)
 
-def sample_sheet(path, model, ema, args, dataset, device, n=16):
-    """The same n seeds with EMA weights (upper half) and raw weights (lower half), 25 Euler steps at most:
-    all classes in turn, or objects from all over the set."""
-    cfg, tiles, classes, tokens = model.cfg, [], len(dataset.class_names), None
-    label = torch.arange(n, device=device) % classes if classes else None
+def sample_sheet(out, step, model, ema, args, dataset, device, board, n=16):
+    """samples-STEP.png: the same n seeds with EMA weights (upper half) and raw weights (lower half), 25 Euler
+    steps at most, all classes in turn, or objects from all over the set. The processes share them out."""
+    cfg, tiles, classes, tokens, mine = model.cfg, {}, len(dataset.class_names), None, range(RANK, n, WORLD)
+    label = torch.tensor([i % classes for i in mine], device=device) if classes else None
     if cfg.token_dim:
-        found = [dataset.item(i * len(dataset) // n)[2] for i in range(n)]
-        tokens = torch.stack([torch.from_numpy(x) for x in found]).to(device)
-    for net in (ema.eval(), model.eval()):
+        found = [dataset.item(i * len(dataset) // n)[2] for i in mine]
+        tokens = torch.stack([torch.from_numpy(x) for x in found]).to(device) if found else None
+    for half, net in enumerate((ema.eval(), model.eval()) if mine else ()):
         with autocast(device, args.dtype, cpu_dtype()):
-            x, _ = generate(net, range(n), args.seed, label=label, tokens=tokens, guidance=args.guidance,
+            x, _ = generate(net, mine, args.seed, label=label, tokens=tokens, guidance=args.guidance,
                             steps=min(25, args.sampling_steps), noise=args.noise,
                             noise_length=args.noise_length)
-        for values in x.float().cpu():
+        for i, values in zip(mine, x.float().cpu()):
             points = cfg.domain == "points"
-            tiles.append(draw_points(values.numpy()) if points else to_pixels(values, cfg.res, cfg.res))
+            tile = draw_points(values.numpy()) if points else to_pixels(values, cfg.res, cfg.res)
+            tiles[half * n + i] = tile
     model.train()
-    write_png(path, grid_image(tiles, columns=8))
+    shares = [tiles]
+    if WORLD > 1:
+        shares *= WORLD
+        dist.all_gather_object(shares, tiles)
+    if RANK == 0:
+        tiles = {i: tile for share in shares for i, tile in share.items()}
+        sheet = grid_image([tiles[i] for i in sorted(tiles)], columns=8)
+        attempt(write_png, out / f"samples-{step:07d}.png", sheet)
+        tell(board, step, {}, sheet)
 
 if __name__ == "__main__":
     run_main(main)

@@ -37,7 +37,7 @@ def main(argv=None):
     if model.cfg.domain != "image":
         raise ValueError(f"{checkpoint['path']}: draws point clouds; expected a model of images")
     model.to(sample.start_processes())
-    out, side = Path(args.out or checkpoint["path"].parent / "upscale"), args.times * model.cfg.res
+    out, side = Path(args.out or checkpoint["home"].parent / "upscale"), args.times * model.cfg.res
     options, found = {"steps": args.steps} if args.steps else {}, {}
     drawn = [sample.sample(model, checkpoint, args.n, out / f"{res}", size=(res, res), options=options)
              for res in (model.cfg.res, side)]

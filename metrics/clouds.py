@@ -29,29 +29,32 @@ from tqdm import tqdm
 
 VERSION = 1        # of the arithmetic below: part of the key under which distances are cached
 
-def check_shape(*sets):
-    """Raises ValueError unless each set is (S,P,3): stored as (S,3,P), clouds would give numbers too."""
+def check(*sets):
+    """Raises ValueError unless each set is finite floats (S,P,3): as (S,3,P), clouds would give numbers too."""
     for clouds in sets:
-        if clouds.ndim != 3 or clouds.shape[2] != 3 or 0 in clouds.shape:
-            raise ValueError(f"clouds have the shape {tuple(clouds.shape)}; expected (S,P,3)")
+        x = clouds if isinstance(clouds, torch.Tensor) else torch.from_numpy(np.array(clouds))
+        if x.dim() != 3 or x.shape[2] != 3 or 0 in x.shape or not x.is_floating_point():
+            raise ValueError(f"clouds are {x.dtype} {tuple(x.shape)}; expected floats (S,P,3)")
+        for i in (~x.isfinite().flatten(1).all(1)).nonzero():
+            raise ValueError(f"cloud {int(i)} of {tuple(x.shape)} has points that are not finite")
 
 def normalise_box(clouds):
     """Each cloud in its own box: midrange to 0, longest side to 1. Source: LION's norm_box.
 
     (S,P,3) -> float32 (S,P,3) in [-0.5,0.5]. ValueError for points that are not finite or all the same."""
+    check(clouds)
     clouds = np.asarray(clouds, np.float64)
-    check_shape(clouds)
     low, high = clouds.min(1, keepdims=True), clouds.max(1, keepdims=True)
     side = (high - low).max(2, keepdims=True)
-    for i in np.flatnonzero(~((side > 0) & (side < np.inf))):          # NaN fails too
-        raise ValueError(f"cloud {i}: its points are not finite, or all the same")
+    for i in np.flatnonzero(~((side > 0) & (side < np.inf))):
+        raise ValueError(f"cloud {i}: its points are all the same, or too far apart")
     return ((clouds - (low + high) / 2) / side).astype(np.float32)
 
 # --- Distances of pairs of clouds
 
 def distances(x, y):
     """Euclidean (B,P,Q), from differences: the Gram form |x|^2 + |y|^2 - 2xy loses digits of near points."""
-    check_shape(x, y)
+    check(x, y)
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 def chamfer(x, y):
@@ -94,8 +97,8 @@ def emd_exact(x, y):
     """Mean Euclidean distance under the best one-to-one matching: PointFlow's EMD if its kernel is missing.
 
     X (B,P,3), Y (B,P,3) -> (B,) float64, symmetric. Raises ValueError where the numbers of points differ."""
+    check(x, y)
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    check_shape(x, y)
     if x.shape != y.shape:
         raise ValueError(f"exact EMD: {x.shape[1]} points against {y.shape[1]}; expected as many")
     costs = (cdist(p, q) for p, q in zip(x, y))
@@ -117,7 +120,7 @@ def pairwise(rows, cols, distance, memory=1024, cache=None, device="cpu", worker
     finished; an interrupted run continues. share (rank, world): do the rank-th part alone, for several
     processes with one cache; what is not done yet is NaN. Raises ValueError for sets that are not clouds, a
     pair larger than the memory, and a matrix of one value although the clouds differ."""
-    rows, cols = as_set(rows, "first"), as_set(cols, "second")
+    rows, cols = as_set(rows), as_set(cols)
     same = np.array_equal(rows, cols)
     half = same and distance in SYMMETRIC
     matrix = open_cache(rows, cols, distance, cache)
@@ -141,12 +144,9 @@ def pairwise(rows, cols, distance, memory=1024, cache=None, device="cpu", worker
         check_matrix(matrix, rows, cols, distance, same)
     return matrix
 
-def as_set(clouds, which):
-    clouds = np.ascontiguousarray(clouds, np.float32)
-    check_shape(clouds)
-    for i in np.flatnonzero(~np.isfinite(clouds).all((1, 2))):
-        raise ValueError(f"the {which} set: cloud {i} has points that are not finite")
-    return clouds
+def as_set(clouds):
+    check(clouds)
+    return np.ascontiguousarray(clouds, np.float32)
 
 def check_matrix(matrix, rows, cols, distance, same):
     """Refuses one value for clouds that differ: the sign of a broken distance, such as a stub of zeros."""
@@ -231,7 +231,7 @@ def estimate(jobs, memory=1024, cache=None, device="cpu", workers=None):
     """Seconds that pairwise will take for jobs [(rows, cols, distance), ...], less what the cache holds."""
     seconds, pace = 0.0, {}
     for rows, cols, distance in jobs:
-        rows, cols = as_set(rows, "first"), as_set(cols, "second")
+        rows, cols = as_set(rows), as_set(cols)
         matrix = open_cache(rows, cols, distance, cache)
         if distance in SYMMETRIC and np.array_equal(rows, cols):
             matrix = np.triu(matrix)
@@ -273,12 +273,11 @@ def jsd(ref, smp, resolution=28):
 
     (S,P,3) in the box [-0.5,0.5]. A point counts for the nearest of the 10,144 points of the grid in the
     ball."""
-    sets = np.asarray(ref), np.asarray(smp)
-    check_shape(*sets)
+    check(ref, smp)
     line = np.arange(resolution, dtype=np.float32) / np.float32(resolution - 1) - np.float32(0.5)
     grid = np.stack(np.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3)
     tree = cKDTree(grid[np.linalg.norm(grid, axis=1) <= 0.5])
-    cells = (tree.query(s.reshape(-1, 3), workers=-1)[1] for s in sets)
+    cells = (tree.query(np.reshape(s, (-1, 3)), workers=-1)[1] for s in (ref, smp))
     p, q = (np.bincount(c, minlength=tree.n) / len(c) for c in cells)
     p_bits, q_bits, both = (-(c[c > 0] * np.log2(c[c > 0])).sum() for c in (p, q, (p + q) / 2))
     return float(max(0.0, both - (p_bits + q_bits) / 2))
@@ -287,6 +286,7 @@ def scores(ref, smp, distance, **options):
     """{"mmd", "cov", "1nna"} of samples (S,P,3) against references (R,P,3), in the scales of tables.
 
     MMD is x 1e3 for Chamfer, x 1e2 for EMD; COV and 1-NNA are in percent. options: those of pairwise."""
+    check(ref, smp)
     if min(len(ref), len(smp)) < 2:
         raise ValueError(f"{len(ref)} references and {len(smp)} samples: 1-NNA needs at least 2 of each")
     rs = pairwise(ref, smp, distance, **options)

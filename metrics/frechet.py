@@ -1,9 +1,9 @@
-"""The Frechet distance between two sets of features: FID, sFID, FID_CLIP, P-FID, by whose features they are.
+"""Distances of two sets of features: Frechet's, as in FID, sFID, FID_CLIP, FDD, P-FID, and KID's.
 
     d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^{1/2}                  (Heusel et al. 2017, Eq. 6)
 
 of the means mu (d,) and covariances S (d,d), ddof 1, of features (n,d); everything in float64. In order:
-Moments, which gathers mean and covariance; sqrt_trace, the last term; frechet_distance. Needs torch only.
+Moments, which gathers mean and covariance; sqrt_trace, the last term; frechet_distance; kid. Needs torch.
 """
 import torch
 
@@ -62,8 +62,9 @@ def sqrt_trace(S1, S2):
     S1 is singular, that of its eigenvectors. In float64; negative eigenvalues are rounding and count as 0.
     Exact for rank-deficient matrices, where sqrtm(S1 S2) is not."""
     S1, S2 = (torch.as_tensor(S).double() for S in (S1, S2))
-    if S1.dim() != 2 or S1.shape[0] != S1.shape[1] or S1.shape != S2.shape:
-        raise ValueError(f"covariances {tuple(S1.shape)}, {tuple(S2.shape)}: expected (d,d) twice")
+    square = S1.dim() == 2 and S1.shape[0] == S1.shape[1] > 0 and S1.shape == S2.shape
+    if not square or not (S1 + S2).isfinite().all():
+        raise ValueError(f"covariances {tuple(S1.shape)}, {tuple(S2.shape)}: expected finite (d,d) twice")
     L, singular = torch.linalg.cholesky_ex(S1)                         # a tenth of the cost of eigenvectors
     R = L.mT
     if singular:
@@ -79,9 +80,27 @@ def frechet_distance(mu1, S1, mu2, S2):
     Nothing is added to a diagonal. ValueError for shapes that do not fit and values that are not finite."""
     given = mu1, S1, mu2, S2 = [torch.as_tensor(x).double().cpu() for x in (mu1, S1, mu2, S2)]
     d, shapes = mu1.numel(), [tuple(x.shape) for x in given]
-    if d == 0 or shapes != [(d,), (d, d), (d,), (d, d)]:
-        raise ValueError(f"means and covariances {shapes}: expected (d,), (d,d), (d,), (d,d)")
-    if not all(x.isfinite().all() for x in given):
-        raise ValueError("means or covariances that are not finite have no Frechet distance")
+    if d == 0 or shapes != [(d,), (d, d), (d,), (d, d)] or not all(x.isfinite().all() for x in given):
+        raise ValueError(f"means and covariances {shapes}: expected finite (d,), (d,d), (d,), (d,d)")
     squared = (mu1 - mu2).square().sum() + S1.trace() + S2.trace() - 2 * sqrt_trace(S1, S2)
     return max(0.0, squared.item())
+
+def kid(real, fake, subsets=100, size=1000, seed=0, device=None):
+    """Kernel Inception Distance (Binkowski et al. 2018) x 1e3: (mean, standard deviation, ddof 0) of subsets.
+
+    real (N,d), fake (M,d), tensors or arrays. Each subset takes `size` of either set, or as many as the
+    smaller set has, in an order that the seed decides, and gives the unbiased MMD^2 of the kernel
+    (x.y / d + 1)^3. Raises ValueError for fewer than 2 items, other shapes, and features not finite."""
+    real, fake = sets = [torch.as_tensor(x, device=device) for x in (real, fake)]
+    fit = real.dim() == fake.dim() == 2 <= min(map(len, sets)) and real.shape[1] == fake.shape[1] > 0
+    if not fit or not all(x.isfinite().all() for x in sets):
+        shapes = tuple(real.shape), tuple(fake.shape)
+        raise ValueError(f"KID of features {shapes}: expected finite (n,d) twice, n at least 2")
+    n, found, order = min(size, *map(len, sets)), [], torch.Generator().manual_seed(seed)
+    for _ in range(subsets):
+        x, y = (s[torch.randperm(len(s), generator=order)[:n].to(s.device)].double() for s in sets)
+        xx, yy, xy = ((a @ b.mT / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        own = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1))
+        found.append(1e3 * (own - 2 * xy.mean()))
+    found = torch.stack(found)
+    return found.mean().item(), found.std(correction=0).item()

@@ -157,8 +157,7 @@ class InceptionV3(nn.Module):
         return pool, spatial, pool @ self.fc.weight.mT                               # logits (B, 1008)
 
 def load(path):
-    """InceptionV3 for evaluation, on the CPU, with the weights of the port's file. ValueError names what is
-    wrong."""
+    """InceptionV3 for evaluation, on the CPU, with the port's weights. ValueError names what is wrong."""
     net = InceptionV3()
     counters = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
     try:

@@ -33,13 +33,12 @@ def normalise(points, first=0):
     points = points - points.mean(-2, keepdim=True)
     return points / points.norm(dim=-1, keepdim=True).amax(-2, keepdim=True)
 
-def farthest_points(xyz, count, start=None):
+def farthest_points(xyz, count):
     """Indices (B,count) of points (B,P,3), each the farthest from those before it; the first of equals.
 
-    start: index of the first choice, an int or int64 (B,); None is Point-E's, the position in the batch."""
+    As in Point-E, cloud b of a batch starts at its point b."""
     B, P, _ = xyz.shape
-    rows = torch.arange(B, device=xyz.device)
-    last = rows if start is None else torch.as_tensor(start, device=xyz.device).expand(B)
+    last = rows = torch.arange(B, device=xyz.device)
     axes = xyz.movedim(-1, 0).contiguous()                 # (3, B, P): sums over a leading axis are faster
     nearest = xyz.new_full((B, P), 1e10)                   # squared distance to the chosen ones
     chosen = torch.empty(B, count, dtype=torch.int64, device=xyz.device)
@@ -79,11 +78,11 @@ class SetAbstraction(nn.Module):
         self.mlp_convs = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, widths[1:]))
         self.mlp_bns = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
 
-    def forward(self, xyz, features, start=None):
+    def forward(self, xyz, features):
         if self.centres is None:
             centres, groups = None, torch.cat([xyz, features], -1)[:, None]   # (B, 1, P, 3 + C)
         else:
-            centres = gather(xyz, farthest_points(xyz, self.centres, start))  # (B, G, 3)
+            centres = gather(xyz, farthest_points(xyz, self.centres))         # (B, G, 3)
             index = ball_query(xyz, centres, self.radius, self.neighbours)    # (B, G, n)
             groups = gather(xyz, index) - centres[:, :, None]                 # (B, G, n, 3)
             groups = groups if features is None else torch.cat([groups, gather(features, index)], -1)
@@ -95,8 +94,7 @@ class SetAbstraction(nn.Module):
 class PointNet2(nn.Module):
     """Normalised clouds (B,P,3) -> features (B,512), before the ReLU, and log-probabilities (B,40).
 
-    start: int64 (B,), where farthest point sampling starts in each; None is Point-E's, the position in the
-    batch. Raises ValueError for P < 512, where some points would be centres repeatedly, and other shapes."""
+    Raises ValueError for P < 512, where some points would be centres repeatedly, and other shapes."""
 
     def __init__(self):
         super().__init__()
@@ -107,11 +105,11 @@ class PointNet2(nn.Module):
         self.fc2, self.bn2 = nn.Linear(1024, 512), nn.BatchNorm1d(512)
         self.fc3 = nn.Linear(512, 40)
 
-    def forward(self, points, start=None):
+    def forward(self, points):
         if points.dim() != 3 or points.shape[2] != 3 or points.shape[1] < 512:
             raise ValueError(f"clouds {tuple(points.shape)}: PointNet++ expects (B,P,3), P >= 512 points")
-        xyz, x = self.sa1(points, None, start)                                # (B, 512, 3), (B, 512, 256)
-        xyz, x = self.sa2(xyz, x, start)                                      # (B, 128, 3), (B, 128, 512)
+        xyz, x = self.sa1(points, None)                                       # (B, 512, 3), (B, 512, 256)
+        xyz, x = self.sa2(xyz, x)                                             # (B, 128, 3), (B, 128, 512)
         _, x = self.sa3(xyz, x)                                               # (B, 1, 2048)
         x = F.relu(self.bn1(self.fc1(x[:, 0])))                               # (B, 1024)
         features = self.bn2(self.fc2(x))                                      # (B, 512)
@@ -123,8 +121,7 @@ EXTRAS = [np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64", "i
           (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar")]
 
 def load(path):
-    """PointNet2 for evaluation, on the CPU, with Point-E's weights of a file. ValueError names what is
-    wrong."""
+    """PointNet2 for evaluation, on the CPU, with Point-E's weights. ValueError names what is wrong."""
     net = PointNet2()
     try:
         with torch.serialization.safe_globals(EXTRAS):
@@ -137,16 +134,7 @@ def load(path):
 
 # --- Features of a set
 
-def run_float32(model, x):
-    """model(x) without gradients and without TF32, whatever the program around has chosen."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return model(x)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
+@torch.no_grad()
 def features(model, clouds, device=None, progress=False):
     """Features (S,512), float32 on the CPU, of clouds (S,P,3), an array or a tensor in any scale, P >= 512.
 
@@ -156,5 +144,6 @@ def features(model, clouds, device=None, progress=False):
     rows = [torch.empty(0, 512)]
     for i in tqdm(range(0, len(clouds), BATCH), desc="PointNet++", disable=None if progress else True):
         x = normalise(torch.as_tensor(clouds[i:i + BATCH]).to(device), i)
-        rows.append(run_float32(model, x)[0].float().cpu())
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            rows.append(model(x)[0].float().cpu())
     return torch.cat(rows)

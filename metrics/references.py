@@ -40,7 +40,8 @@ def read(path, statistics=()):
     else:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content = content if isinstance(content, dict) else {"ref": content}
-        found.array = content["ref"].float().numpy()
+        found.array = content["ref"]
+        found.array = (found.array.float() if found.array.is_floating_point() else found.array).numpy()
         found.affine = [content[key].float().numpy() for key in ("mean", "std") if key in content]
         found.category = path.stem.removeprefix("ref_val_").removeprefix("PF2_val_")
     if found.array is not None:
@@ -49,7 +50,7 @@ def read(path, statistics=()):
 
 def as_items(array):
     """Images or point clouds, grey images in three channels. Raises ValueError for any other array."""
-    if array.dtype == np.uint8 and array.ndim == 3:
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] != 3:        # that would be one in RGB
         array = np.broadcast_to(array[..., None], (*array.shape, 3))
     image, form = array.dtype == np.uint8, (array.dtype.kind, array.ndim, array.shape[-1:])
     if not image and form != ("f", 3, (3,)) or image and form[1:] != (4, (3,)) or 0 in array.shape:

@@ -184,16 +184,7 @@ def load(path):
 
 # --- The score
 
-def run_float32(model, x):
-    """model(x) without gradients and without TF32, whatever the program around has chosen."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return model(x)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
+@torch.no_grad()
 def features(model, clouds, device=None, progress=False):
     """Embeddings (S,dim), float32 on the CPU, of clouds as `prepare` takes them, P >= 512.
 
@@ -202,7 +193,8 @@ def features(model, clouds, device=None, progress=False):
     rows = [torch.empty(0, model.pc_projection.shape[1])]
     for i in tqdm(range(0, len(clouds), BATCH), desc="PointBERT", disable=None if progress else True):
         x = prepare(clouds[i:i + BATCH], model.channels, first=i).to(device)
-        rows.append(run_float32(model, x).float().cpu())
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            rows.append(model(x).float().cpu())
     return torch.cat(rows)
 
 def ulip_score(point_features, image_features):

@@ -3,58 +3,52 @@
 A file is, in this order, the one that is given; the one in the cache, `weights/` in $ASFT_CACHE, else in
 $XDG_CACHE_HOME/asft, else in ~/.cache/asft; or a download, if that is asked for. Nothing else touches the
 network, and a download counts only with the published SHA-256. In order: RELEASED, the table of files;
-sha256, cache_directory; find and fetch; identify. Needs torch, numpy and tqdm.
+sha256, cache_directory; find and fetch; identify. Needs tqdm.
 
     path, digest, published = find("inception")            # or find("inception", given=path, download=True)
     name = identify(path)                                  # "inception", told by the keys in the file
 """
-import argparse
 import hashlib
 import http.client
 import os
 import urllib.request
-import warnings
 import zipfile
 from pathlib import Path
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 # network -> the file as its authors publish it. sha256 None: none is published, so it is never downloaded.
-# licence: what the repository that publishes the file states
 RELEASED = {
     "inception": dict(
         url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
             "pt_inception-2015-12-05-6726825d.pth",
         sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-        megabytes=96, licence="Apache-2.0 (mseitzer/pytorch-fid)"),
+        megabytes=96),
     "clip": dict(
         url="https://openaipublic.azureedge.net/clip/models/"
             "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
         sha256="40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-        megabytes=354, licence="MIT (openai/CLIP)"),
-    "pointnet": dict(
-        url="https://openaipublic.azureedge.net/main/point-e/pointnet.pt",
-        sha256=None, megabytes=None, licence="MIT (openai/point-e)"),
+        megabytes=354),
+    "pointnet": dict(url="https://openaipublic.azureedge.net/main/point-e/pointnet.pt", sha256=None),
     "ulip": dict(
         url="https://huggingface.co/datasets/SFXX/ulip/resolve/main/ULIP-2/pretrained_models/"
             "ULIP-2-PointBERT-10k-xyzrgb-pc-vit_g-objaverse_shapenet-pretrained.pt",
-        sha256=None, megabytes=402, licence="BSD-3-Clause (salesforce/ULIP)"),
+        sha256=None),
     "bigg": dict(
         url="https://huggingface.co/laion/CLIP-ViT-bigG-14-laion2B-39B-b160k/resolve/main/"
             "open_clip_pytorch_model.bin",
-        sha256=None, megabytes=None, licence="MIT (laion/CLIP-ViT-bigG-14-laion2B-39B-b160k)"),
+        sha256=None),
+    "dinov2": dict(     # Meta states no SHA-256; this is that of three copies by others, which agree
+        url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+        megabytes=1218),
 }
 
-# one key of each network's state dict, behind whatever prefix a wrapper put before it
-MARKS = {"Mixed_5b.branch1x1.conv.weight": "inception", "sa1.mlp_convs.0.weight": "pointnet",
-         "point_encoder.reduce_dim.weight": "ulip"}
-
-# Trainers keep their arguments and NumPy scalars beside the weights; weights_only refuses these unless told
-SCALAR = np.float64(0).__reduce__()[0]
-EXTRAS = [np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")), argparse.Namespace,
-          (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar")]
+# A part of one key of each network's state dict. ULIP's file may hold its CLIP, so it comes first; bigG's key
+# is of its last layer, since the others are also ViT-B/32's
+MARKS = {b"Mixed_5b.branch1x1.conv.weight": "inception", b"sa1.mlp_convs.0.weight": "pointnet",
+         b"point_encoder.reduce_dim.weight": "ulip", b"blocks.0.ls1.gamma": "dinov2",
+         b"transformer.resblocks.47.": "bigg", b"class_embedding": "clip"}
 
 def sha256(path):
     """SHA-256 of a file, in hexadecimal."""
@@ -85,7 +79,7 @@ def find(name, given=None, cache=None, download=False, log=print):
 
 def fetch(name, target, download, log):
     """Downloads a released file to target, whole and checked or not at all; ValueError says why not."""
-    url, size, expected = (RELEASED[name][key] for key in ("url", "megabytes", "sha256"))
+    url, size, expected = (RELEASED[name].get(key) for key in ("url", "megabytes", "sha256"))
     wanted = f"the weights of {name} are missing: put {url} at {target}, or give --weights PATH"
     if expected is None:
         raise ValueError(f"{wanted}; no published SHA-256 of it is known, so it is not downloaded for you")
@@ -112,23 +106,20 @@ def fetch(name, target, download, log):
         partial.unlink(missing_ok=True)
 
 def identify(path):
-    """The network of RELEASED that a file of weights is for, told by its keys. ValueError names the file."""
+    """The network of RELEASED that a file of weights is for, told by the names of its tensors, which nothing
+    unpickles. ValueError names the file."""
     try:
-        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-        if any(name.endswith("constants.pkl") for name in names):      # TorchScript: only CLIP is released so
-            return "clip"
-        with warnings.catch_warnings(), torch.serialization.safe_globals(EXTRAS):
-            warnings.simplefilter("ignore")                            # a foreign pickle also draws a warning
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(names))
-    except Exception as e:     # a broken, foreign or hostile file raises whatever its bytes provoke
+        with open(path, "rb") as file:
+            head = file.read(2 ** 24)                                  # older files have the names in front
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                parts = [name for name in archive.namelist() if name.endswith(("/data.pkl", "/constants.pkl"))]
+                head = b"".join(archive.read(name) for name in parts)
+                if any(name.endswith("/constants.pkl") for name in parts):   # TorchScript: only CLIP is so
+                    return "clip"
+    except Exception as e:     # a broken file raises whatever its bytes provoke
         raise ValueError(f"--weights {path}: not a file of tensors ({type(e).__name__})") from None
-    for wrapper in ("state_dict", "model_state_dict"):
-        content = content.get(wrapper, content) if isinstance(content, dict) else {}
     for mark, name in MARKS.items():
-        if any(str(key).endswith(mark) for key in content):
+        if mark in head:
             return name
-    for key, value in content.items():                                 # last: ULIP's may hold its CLIP
-        shape = getattr(value, "shape", ())
-        if str(key).endswith("conv1.weight") and len(shape) == 4 and shape[-1] in (14, 32):
-            return "clip" if shape[-1] == 32 else "bigg"
     raise ValueError(f"--weights {path}: weights of none of {', '.join(RELEASED)}")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +139,18 @@ def test_guidance_one_is_the_conditional_pass_and_more_moves_away():
          for g in (1.0, 3.0, 0.0)}
     assert torch.allclose(v[3.0], v[0.0] + 3 * (v[1.0] - v[0.0]), atol=1e-5)
 
+def test_guidance_has_an_interval():
+    """Outside of it the conditional pass runs alone, at half the price."""
+    net, label, x, seen = small(n_classes=3), torch.tensor([1]), torch.ones(1, 1024, 3), []
+    inner = net.encode
+    net.encode = lambda context, values, t, *rest: seen.append(len(t)) or inner(context, values, t, *rest)
+    coords = asft.image_coords(32)
+    always, never = (sample.Velocity(net, coords, 1024, label, guidance=g) for g in (3.0, 1.0))
+    v = sample.Velocity(net, coords, 1024, label, guidance=3.0, interval=(0.2, 0.6))
+    for t, other in ((0.1, never), (0.2, always), (0.6, always), (0.7, never)):
+        assert torch.equal(v(x, t), other(x, t))
+    assert seen == [1, 1, 2, 2, 2, 2, 1, 1]
+
 def test_noise_is_a_function_of_place():
     size = 130, 150
     whole, part = sample.numbers(size, (0, 0, 150, 130)), sample.numbers(size, (70, 60, 140, 129))
@@ -145,7 +158,8 @@ def test_noise_is_a_function_of_place():
     assert torch.equal(part, whole.view(size)[60:129, 70:140].flatten())
     samples = torch.tensor([1, 5])
     x = sample.normals(sample.random_words("query", 0, 0, samples, items=whole))
-    assert torch.equal(x[1:, part], sample.normals(sample.random_words("query", 0, 0, samples[1:], items=part)))
+    words = sample.random_words("query", 0, 0, samples[1:], items=part)
+    assert torch.equal(x[1:, part], sample.normals(words))
     assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01 and abs(x.pow(4).mean() - 3) < 0.1
     assert torch.corrcoef(x.flatten(0, 1).T).sub(torch.eye(3)).abs().max() < 0.02
     keys = [("query", 0, 1), ("query", 1, 0), ("query", 2 ** 32, 0), ("context", 0, 1), ("query", 0, 0)]
@@ -376,6 +390,23 @@ def test_averaged_and_raw_weights(tmp_path):
     state["ema"] = {name: torch.zeros_like(x) for name, x in state["ema"].items()}
     torch.save(state, run / "ckpt.pt")
     assert not sample.load(run)[0].head.weight.any() and sample.load(run, "raw")[0].head.weight.any()
+
+def test_shipped_models_have_names(run, tmp_path, monkeypatch, capsys):
+    """A name stands for weights/NAME.pt; without --ckpt: the newest run, else glyphs, and that is said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "WEIGHTS", tmp_path / "weights")
+    (tmp_path / "weights").mkdir()
+    for name in ("glyphs", "emoji"):
+        shutil.copy(run / "ckpt.pt", tmp_path / "weights" / f"{name}.pt")
+    assert sample.find_checkpoint("emoji") == tmp_path / "weights" / "emoji.pt"
+    assert sample.find_checkpoint() == tmp_path / "weights" / "glyphs.pt"
+    assert "glyphs.pt" in capsys.readouterr().out
+    assert sample.load("emoji")[1]["home"] == Path("samples", "emoji")
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(run, tmp_path / "runs" / "own")
+    assert sample.find_checkpoint() == Path("runs", "own")
+    with pytest.raises(ValueError, match="emojis.*shipped model .emoji, glyphs"):
+        sample.find_checkpoint("emojis")
 
 def test_missing_checkpoint_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,15 +1,19 @@
 """train.py: resuming, processes and accumulation, averages, bad steps, faults, data sets, flags and
 recipes."""
 import argparse
+import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -526,7 +530,7 @@ def test_recipes_are_the_papers():
                 r["sampling_steps"], r["guidance"]) == row, name
         assert {k: r[k] for k in shared} == shared, name
     for name, r in train.RECIPES.items():
-        assert {*r} - {"loader"} <= {*train.FLAGS}, name
+        assert {*r} - {"loader", "noise", "noise_length", "refine"} <= {*train.FLAGS}, name
         args = argparse.Namespace(**{**{k: v[0] for k, v in train.FLAGS.items()}, **r})
         size = dict(points=r["points"]) if "points" in r else dict(res=r.get("res", 32))
         assert train.configure(args, 1, **size).width
@@ -553,3 +557,94 @@ def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch):
         active.append(1)
         torch.ones(1).item()
         assert seen == ["_local_scalar_dense"]                         # the watch sees what it should
+
+# ---- What people expect of a training script ----
+
+def test_init_takes_weights_and_architecture(glyphs_run, tmp_path, capsys):
+    """Averaged weights of a checkpoint; classes other than its own are newly drawn, which is said."""
+    args, _, ckpt = train.settings(["--init", str(glyphs_run), "--out", str(tmp_path / "new")])
+    assert ckpt is None and args.steps == 10_000
+    assert (args.model, args.width, args.latents) == ("tiny", 32, 16)
+    old, cfg = sample.load(glyphs_run)[0], sample.load(glyphs_run)[0].cfg
+    model = asft.ASFT(dataclasses.replace(cfg, n_classes=2))
+    drawn = model.classes.weight.clone()
+    train.initialise(model, glyphs_run, ["a", "b"])
+    assert "2 classes are new" in capsys.readouterr().out and torch.equal(model.classes.weight, drawn)
+    assert torch.equal(model.head.weight, old.head.weight)
+    names = sample.load(glyphs_run)[1]["config"]["class_names"]
+    train.initialise(same_classes := asft.ASFT(cfg), glyphs_run, names)
+    assert torch.equal(same_classes.classes.weight, old.classes.weight)
+    with pytest.raises(ValueError, match="--init .*does not fit --model"):
+        train.initialise(asft.ASFT(dataclasses.replace(cfg, width=64)), glyphs_run, names)
+    out = trained(tmp_path / "run", "--init", glyphs_run, "--steps", 1, "--lr", 1e-9)
+    assert torch.allclose(sample.load(out)[0].head.weight, old.head.weight, atol=1e-6)
+
+def test_scores_during_training_leave_it_alone(tmp_path):
+    """--eval-every adds a line to the log; losses are those of a run without it, also when resumed."""
+    flags = ["--dataset", "solids", "--points", 64, "--log-every", 1]
+    scored = [*flags, "--eval-every", 2, "--eval-flags", "--n 3", "--sampling-steps", 2]
+    plain, whole, parts = tmp_path / "plain", tmp_path / "whole", tmp_path / "parts"
+    trained(plain, *flags, "--steps", 4)
+    trained(whole, *scored, "--steps", 4, "--schedule", "constant")
+    trained(parts, *scored, "--steps", 2, "--schedule", "constant")
+    trained(parts, *scored, "--steps", 4, "--schedule", "constant", "--resume", "auto")
+    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+            for out in (plain, whole, parts)]
+    scores = [[row for row in log if "eval" in row] for log in logs]
+    assert [row["step"] for row in scores[1]] == [2, 4] and not scores[0] and scores[1] == scores[2]
+    assert 0 <= scores[1][0]["eval"]["1nna_cd"] <= 100
+    losses = [[row["loss"] for row in log if "loss" in row] for log in logs]
+    assert losses[1] == losses[2] and losses[0][0] == losses[1][0]
+
+def test_boards_are_told_what_the_log_says(tmp_path, monkeypatch):
+    told, started = [], []
+
+    class SummaryWriter:
+        def __init__(self, path):
+            started.append(path)
+
+        def __getattr__(self, name):
+            return lambda *args, **more: told.append((name, *args))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    wandb = SimpleNamespace(init=lambda **more: started.append(more["project"]))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    out = trained(tmp_path / "run", "--steps", 2, "--log-every", 1, "--wandb", "asft", "--tensorboard")
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert started == ["asft", out]
+    losses = [entry[2:] for entry in told if entry[1:2] == ("loss",)]
+    assert losses == [(row["loss"], row["step"]) for row in rows]
+    assert [entry[3] for entry in told if entry[0] == "add_image"] == [2]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install"):
+        trained(tmp_path / "other", "--steps", 1, "--tensorboard")
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
+    """If a step waited for the disk: the write ends only after a later step has begun."""
+    reached, inner, draws = threading.Event(), train.save, train.draw
+
+    def later(seed, step, *rest):
+        if step == 3:
+            reached.set()
+        return draws(seed, step, *rest)
+
+    def slow(out, state, *rest):
+        assert state["step"] > 2 or reached.wait(60)
+        return inner(out, state, *rest)
+    monkeypatch.setattr(train, "draw", later)
+    monkeypatch.setattr(train, "save", slow)
+    out = trained(tmp_path / "run", *FLAGS, "--steps", 4)
+    assert [file.name for file in sample.checkpoints(out)] == ["ckpt.pt", "ckpt-0000002.pt"]
+    monkeypatch.undo()
+    two = trained(tmp_path / "two", *FLAGS, "--steps", 2)
+    assert same(ckpt(out / "ckpt-0000002.pt")["model"], ckpt(two)["model"])              # a copy of step 2
+
+def test_what_is_said_before_a_run_starts(tmp_path, capsys, monkeypatch):
+    """A jump of the learning rate, a missing compiler, the launcher of old."""
+    out = trained(tmp_path / "run", "--steps", 3, "--warmup", 0)
+    trained(out, "--steps", 30, "--warmup", 0, "--resume", "auto")
+    assert re.search(r"learning rate jumps from 0.00075 to 0.00\d+ ", capsys.readouterr().out)
+    monkeypatch.setattr(torch, "compile", lambda f: (_ for _ in ()).throw(RuntimeError("no g++\nfound")))
+    with pytest.raises(ValueError, match="torch.compile: no g.. found; --no-compile trains without it"):
+        trained(tmp_path / "compiled", "--steps", 1, "--compile")
+    with pytest.raises(ValueError, match="torchrun"):
+        train.settings(["--local-rank", "0"])

@@ -116,7 +116,7 @@ def main(argv=None):
     size, options = sample.parse_size(args.res, model.cfg), {"steps": args.steps} if args.steps else {}
     setting = sample.resolve(model.cfg, checkpoint, size, seed=args.seed, classes=args.classes,
                              guidance=args.guidance, solver=args.solver, options=options, dtype=args.dtype)
-    out = Path(args.out or checkpoint["path"].parent / "posters")
+    out = Path(args.out or checkpoint["home"].parent / "posters")
     out.mkdir(parents=True, exist_ok=True)
     kind = "zoom" if args.zoom else "poster"
     code = hashlib.sha256(json.dumps([setting, args.zoom]).encode()).hexdigest()[:8]     # no two settings mix
