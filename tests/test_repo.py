@@ -12,7 +12,7 @@ from conftest import ROOT
 from test_house import SOURCES, imports, statements, tree
 
 CODE = [path for path in SOURCES if "tests" not in path.relative_to(ROOT).parts]
-SIX, OPTIONAL = {"torch", "numpy", "PIL", "scipy", "tqdm", "pytest"}, {"trimesh", "lmdb", "h5py"}
+SIX, OPTIONAL = {"torch", "numpy", "PIL", "scipy", "tqdm", "pytest"}, {"trimesh", "lmdb", "h5py", "wandb"}
 README = (ROOT / "README.md").read_text()
 
 # Run in a fresh process: imports every file, without optional packages; CUDA must not be asked for.
