@@ -6,8 +6,8 @@ sample.py; an .npz, read into memory (arr_0 or images uint8 (S,H,W,3); statistic
 
     python evaluate.py stats --data Y --res R --out ref.npz      reference statistics of images
 
-In order: scores and METRICS; the paper's figures; sets; features; commands; flags. A new metric is a function
-in metrics/, and here its score function and a row of METRICS. S items, P points, d features, b in a batch.
+In order: scores and METRICS; sets; features; commands; flags. A new metric is a function in metrics/ and here
+its score function and a row of METRICS. S items, P points, d features, b in a batch.
 """
 import argparse
 import hashlib
@@ -19,7 +19,6 @@ import zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -36,7 +35,7 @@ from sample import RANK, WORLD, natural, positive, print0, wait_for_all, write_a
 
 # ---- Scores ---------------------------------------------------------------------------------------------
 # score(task, names) -> {name: value}, called once for all names that share it. A task has args, the
-# Sets fake and real, paths {network: weights}, protocol (goes into the JSON), warn(text), and of features
+# Sets fake and real (empty where not given), protocol (goes into the JSON), warn(text), and of features
 # moments {(side, feature): frechet.Moments} and rows {(side, feature): (S,d)}; side is "fake" or "real".
 
 def frechet_scores(task, names):
@@ -65,7 +64,12 @@ def row_scores(task, names):
     for keys, score in ROW_SCORES.items():
         if {*keys} & {*names}:
             more = {"k": args.k} if score is precision_recall else {}
-            found.update(zip(keys, score(real, task.rows["fake", feature], device=args.device, **more)))
+            try:
+                found.update(zip(keys, score(real, task.rows["fake", feature], device=args.device, **more)))
+            except ValueError as e:                                    # fewer than k items
+                if {*keys} & {*(args.metrics or ())}:
+                    raise
+                task.warn(f"{keys[0]}, {keys[1]} are left out: {e}")
     return found
 
 def pair_scores(task, names):
@@ -75,13 +79,10 @@ def pair_scores(task, names):
     kinds = {name: args.emd if name.endswith("emd") else "chamfer" for name in names if name != "jsd"}
     sides = (ref, smp), (ref, ref), (smp, smp)
     jobs = [(a, b, kind) for kind in sorted({*kinds.values()}) for a, b in sides]
-    print0(f"{len(ref)} references, {len(smp)} samples of {ref.shape[1]} points, about "
-           f"{clouds.estimate(jobs, **options) / WORLD:.0f} s")
-    for a, b, kind in jobs if WORLD > 1 else ():
+    print0(f"{len(ref)} references, {len(smp)} samples, ~ {clouds.estimate(jobs, **options) / WORLD:.0f} s")
+    for a, b, kind in jobs:
         clouds.pairwise(a, b, kind, share=(RANK, WORLD), progress=RANK == 0, **options)
     wait_for_all()
-    if RANK:
-        return {}
     parts = {kind: clouds.scores(ref, smp, kind, **options) for kind in {*kinds.values()}}
     found = {name: parts[kind][name.split("_")[0]] for name, kind in kinds.items()}
     return found | ({"jsd": clouds.jsd(ref, smp)} if "jsd" in names else {})
@@ -97,11 +98,10 @@ def comparable_clouds(task):
         scale = "x std + mean of the reference file (LION's global protocol)"
         mean, std = fake.affine or real.affine
         smp, ref = smp * std[:1] + mean[:1], ref * real.affine[1] + real.affine[0]
-    elif None not in scales and scales[0] != scales[1]:
-        raise ValueError(f"--normalize none: samples normalised by {scales[0]}, references by {scales[1]}; "
-                         f"expected one rule, or --normalize box")
     else:
-        scale = f"as stored: {scales[0] or 'unknown'} samples, {scales[1] or 'unknown'} references"
+        scale = f"samples normalised by {scales[0] or 'unknown'}, references by {scales[1] or 'unknown'}"
+        if None not in scales and scales[0] != scales[1]:
+            raise ValueError(f"--normalize none: {scale}; expected one rule, or --normalize box")
         if scales[0] != scales[1]:
             task.warn(f"--normalize none: {scale}; if they differ, the figures mean nothing")
     most, least = max(smp.shape[1], ref.shape[1]), min(smp.shape[1], ref.shape[1])
@@ -111,30 +111,29 @@ def comparable_clouds(task):
         smp, ref = (x[:, pick] if x.shape[1] > least else x for x in (smp, ref))
     if len(smp) < len(ref):
         task.warn(f"{len(smp)} samples against {len(ref)} references: COV and 1-NNA assume as many of each")
-    expected = published(real.dataset).get("references")
+    expected = references.paper(real.dataset).get("references")
     if expected and (expected, "lion", "box") != (len(ref), args.emd, args.normalize):
-        task.warn(f"{len(ref)} references: the paper's row is against {expected}, --emd lion, --normalize box")
+        task.warn(f"{len(ref)} references: the paper's row is against {expected}, with lion and box")
     task.protocol.update(normalisation=scale, n_pairs=[min(len(smp), len(ref)), len(ref)], points=least)
     return smp[:len(ref)], ref
 
 def p_fid_score(task, names):
-    net, device = pointnet.load(task.paths["pointnet"]).to(task.args.device), task.args.device
-    found = [pointnet.features(net, stack(items), device, True) for items in (task.fake, task.real)]
+    net = pointnet.load(task.protocol["networks"]["pointnet"]["file"]).to(task.args.device)
+    found = [pointnet.features(net, stack(items), progress=True) for items in (task.fake, task.real)]
     one, other = (frechet.Moments(x.shape[1]).update(x) for x in found)
     return {"p_fid": frechet.frechet_distance(one.mean, one.cov, other.mean, other.cov)}
 
 @torch.no_grad()
 def ulip_score(task, names):
     """Mean cosine of ULIP-2's features of point clouds and CLIP's of their images, pair by pair."""
-    args, device = task.args, task.args.device
-    if args.point_features:
-        points = np.load(args.point_features, allow_pickle=False)
-    else:
-        points = ulip.features(ulip.load(task.paths["ulip"]).to(device), stack(task.fake), device, True)
+    args, device, networks = task.args, task.args.device, task.protocol["networks"]
+    points = args.point_features and np.load(args.point_features, allow_pickle=False)
+    if not args.point_features:
+        points = ulip.features(ulip.load(networks["ulip"]["file"]).to(device), stack(task.fake), device, True)
     if args.images.endswith(".npy"):
         images = np.load(args.images, allow_pickle=False)
         return {"ulip_i": ulip.ulip_score(points, images)}
-    tower, items = clip.load(task.paths["bigg"]).to(device), open_set(args.images, args, "--images")
+    tower, items = clip.load(networks["bigg"]["file"]).to(device), open_set(args.images, args, "--images")
     images = (clip.preprocess(torch.from_numpy(items.item(i))[None]) for i in range(items.count))
     return {"ulip_i": ulip.ulip_score(points, torch.cat([tower(image.to(device)) for image in images]))}
 
@@ -145,22 +144,21 @@ class Metric:
     networks: tuple = ()      # whose weights it needs (metrics/weights.py)
     feature: str = None       # of STREAMS: as moments where there are `statistics`, else as rows
     statistics: tuple = ()    # names of stored mean and covariance
-    unit: str = ""
     default: str = ""         # the domain in which it is computed without being asked for
     published: int = 0        # samples behind published figures
+    unit: str = ""
     own: bool = False         # of the features of --features, where that is given
     needs: tuple = ("fake", "real")
 
-INCEPTION = ("inception",)
 METRICS = {
-    "fid": Metric("image", frechet_scores, INCEPTION, "pool", ("mu", "sigma"), "", "image", 50_000),
-    "sfid": Metric("image", frechet_scores, INCEPTION, "spatial", ("mu_s", "sigma_s"), "", "image", 50_000),
-    "is": Metric("image", inception_scores, INCEPTION, "classes", (), "", "image", 50_000, needs=("fake",)),
-    "kid": Metric("image points", row_scores, INCEPTION, "pool", (), "x 1e3", "image", own=True),
+    "fid": Metric("image", frechet_scores, ("inception",), "pool", ("mu", "sigma"), "image", 50_000),
+    "sfid": Metric("image", frechet_scores, ("inception",), "spatial", ("mu_s", "sigma_s"), "image", 50_000),
+    "is": Metric("image", inception_scores, ("inception",), "classes", (), "image", 50_000, needs=("fake",)),
+    "kid": Metric("image points", row_scores, ("inception",), "pool", (), "image", unit="x 1e3", own=True),
     **dict.fromkeys(("precision", "recall", "density", "coverage"),
-                    Metric("image points", row_scores, INCEPTION, "pool", default="image", own=True)),
-    "fid_clip": Metric("image", frechet_scores, ("clip",), "clip", ("mu_clip", "sigma_clip"), "", "", 50_000),
-    "fdd": Metric("image", frechet_scores, ("dinov2",), "dinov2", ("mu_fdd", "sigma_fdd"), "", "", 50_000),
+                    Metric("image points", row_scores, ("inception",), "pool", default="image", own=True)),
+    "fid_clip": Metric("image", frechet_scores, ("clip",), "clip", ("mu_clip", "sigma_clip"), "", 50_000),
+    "fdd": Metric("image", frechet_scores, ("dinov2",), "dinov2", ("mu_fdd", "sigma_fdd"), "", 50_000),
     "mmd_cd": Metric("points", pair_scores, unit="x 1e3", default="points"),
     "mmd_emd": Metric("points", pair_scores, unit="x 1e2", default="points"),
     **dict.fromkeys(("cov_cd", "cov_emd", "1nna_cd", "1nna_emd"),
@@ -170,11 +168,6 @@ METRICS = {
     "ulip_i": Metric("points", ulip_score, ("ulip", "bigg"), needs=("images",)),
     "fd": Metric("image points", frechet_scores, (), "own", ("mu_fd", "sigma_fd"), own=True),
 }
-
-def published(dataset):
-    """{row: {metric: figure}} of the paper, in our units, of a Set's dataset; of ShapeNet also `references`."""
-    rows = json.loads((Path(__file__).parent / "metrics" / "paper.json").read_text())
-    return rows.get(" ".join(map(str, dataset or ())), {})
 
 # ---- Sets: what --fake and --real may be ---------------------------------------------------------------
 
@@ -228,8 +221,8 @@ def image_set(path, args):
     found = data.load("folder", str(path), labels=False)
     files = found.files
     if isinstance(found, data.Arrays):                                 # the manifest tells what was packed
-        kinds = json.loads((path / "manifest.json").read_text())["file_type"].split("+")
-        files = [f"image.{kind}" for kind in kinds]
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = [f"image.{kind}" for kind in manifest["file_type"].split("+")]
     return Set(str(path), "image", len(found), lambda i: sized(found.item(i)[0], args), files)
 
 def named_set(name, split, args):
@@ -256,23 +249,21 @@ def sampled_set(path, args):
 
 def sized(item, args):
     """A point cloud or image; with --res an image is cropped and resized as in training."""
-    item, res = np.asarray(item), args.res
-    if not res or item.dtype != np.uint8 or item.shape[:2] == (res, res):
-        return item
-    return data.fit(Image.fromarray(item), res)
+    item = np.asarray(item)
+    return data.fit(Image.fromarray(item), args.res) if args.res and item.dtype == np.uint8 else item
 
 def array_set(path, args):
     """A file of arrays, or of statistics alone."""
     known = [key for row in METRICS.values() for key in row.statistics] + ["features"]
     with data.reading(path, references.EXPECTED):
         found = references.read(path, known)
-    array, more = found.array, dict(record=found.record, statistics=found.statistics,
+    array, more = found.array, dict(record=found.record, statistics=found.statistics, affine=found.affine,
                                     sha256=weights.sha256(path))
     if array is None:
         return Set(str(path), "image", **more)
     kind, domain = (np.uint8, "image") if array.dtype == np.uint8 else (np.float32, "points")
     return Set(str(path), domain, len(array), lambda i: sized(array[i].astype(kind), args), [path],
-               normalisation="global" if found.affine else None, dataset=("shapenet", found.category), affine=found.affine, **more)
+               normalisation="global" if found.affine else None, dataset=("shapenet", found.category), **more)
 
 FILES = {**dict.fromkeys((".npz", ".npy", ".pt", ".pth"), array_set), ".zip": image_set}
 
@@ -303,7 +294,7 @@ def dinov2_features(args, path):
     net = dinov2.load(path).to(args.device)
     found = net.norm.weight.numel(), len(net.blocks), net.registers
     if found != (1024, 24, 0):
-        raise ValueError(f"{path}: DINOv2 of width, depth and registers {found}; expected ViT-L/14, (1024, 24, 0)")
+        raise ValueError(f"{path}: width, depth, registers are {found}; expected ViT-L/14, (1024, 24, 0)")
     return lambda batch: {"dinov2": net(dinov2.preprocess(batch), "class")}
 
 def own_features(args, path):
@@ -320,7 +311,6 @@ def own_features(args, path):
 # network -> load(args, path of weights), a function of a batch (b,H,W,3) or (b,P,3) giving {feature: (b,d)}
 STREAMS = {"inception": inception_features, "clip": clip_features, "dinov2": dinov2_features,
            "own": own_features}
-REAL_ROWS = 10_000        # of real items: as many as ADM's reference files hold for precision and recall
 
 def feature_of(name, args):
     return "own" if METRICS[name].own and args.features else METRICS[name].feature
@@ -328,11 +318,10 @@ def feature_of(name, args):
 @torch.no_grad()
 def extract(task, side, names, runs):
     """Streams a set through `runs`: fills the task's moments and rows, on process 0, and its protocol."""
-    args, items, moments, rows, digests = task.args, getattr(task, side), {}, defaultdict(dict), {}
+    args, items, moments, rows = task.args, getattr(task, side), {}, defaultdict(dict)
     wanted = {(feature_of(name, args), bool(METRICS[name].statistics)) for name in names}
-    chosen = range(items.count)
-    if side == "real":
-        chosen = {*np.random.default_rng(0).permutation(items.count)[:REAL_ROWS].tolist()}
+    most = 10_000 if side == "real" else items.count                   # as ADM's reference files
+    chosen = {*np.random.default_rng(0).permutation(items.count)[:most].tolist()}
     mine, size = range(RANK, items.count, WORLD), args.batch or (64 if args.device.type == "cuda" else 8)
     shape = items.item(0).shape
     with ThreadPoolExecutor(args.workers) as pool, sample.progress_bar(len(mine), items.domain) as bar:
@@ -342,9 +331,8 @@ def extract(task, side, names, runs):
             ahead = [pool.submit(items.item, i) for i in mine[start + size:start + 2 * size]]
             for i, array in zip(numbers, arrays):
                 if array.shape != shape:
-                    raise ValueError(f"{items.source}: item {i} is {array.shape}, item 0 is {shape}; --res "
-                                     f"crops and resizes images to one size")
-                digests[i] = hashlib.sha256(array.tobytes()).digest()
+                    raise ValueError(f"{items.source}: item {i} is {array.shape}, item 0 {shape}; see --res")
+                rows["sha256"][i] = hashlib.sha256(array.tobytes()).digest()
             batch = torch.from_numpy(np.stack(arrays)).to(args.device)
             for feature, found in (pair for run in runs for pair in run(batch).items()):
                 if (feature, True) in wanted:
@@ -352,19 +340,18 @@ def extract(task, side, names, runs):
                 if (feature, False) in wanted:
                     rows[feature].update((i, x) for i, x in zip(numbers, found.float().cpu()) if i in chosen)
             bar.update(len(numbers))
-    parts = [({feature: one.to("cpu") for feature, one in moments.items()}, rows, digests)] * WORLD
+    parts = [({feature: one.to("cpu") for feature, one in moments.items()}, rows)] * WORLD
     if WORLD > 1:
         dist.gather_object(parts[0], parts if RANK == 0 else None)
-    for more_moments, more_rows, more_digests in parts[1:] if RANK == 0 else ():
-        digests.update(more_digests)
+    for more_moments, more_rows in parts[1:] if RANK == 0 else ():
         for feature, one in more_moments.items():
             moments[feature].merge(one)
         for feature, one in more_rows.items():
             rows[feature].update(one)
     task.moments.update({(side, feature): one for feature, one in moments.items()})
-    for feature, one in rows.items():
-        task.rows[side, feature] = torch.stack([one[i] for i in sorted(one)])
-    digest = hashlib.sha256(b"".join(digests[i] for i in sorted(digests))).hexdigest()
+    rows = {feature: [one[i] for i in sorted(one)] for feature, one in rows.items()}
+    digest = hashlib.sha256(b"".join(rows.pop("sha256"))).hexdigest()
+    task.rows.update({(side, feature): torch.stack(one) for feature, one in rows.items()})
     task.protocol.update({f"{side}_sha256": items.sha256 or digest, f"{side}_size": shape})
 
 # ---- Commands ------------------------------------------------------------------------------------------
@@ -374,7 +361,6 @@ def choose(args, domain, real, warn):
     and of the default what cannot be computed is left out; asked for by name it is an error."""
     known = [name for name, row in METRICS.items() if domain in row.domains]
     default = [n for n in known if (METRICS[n].own if args.features else METRICS[n].default == domain)]
-    default = [] if args.nearest else default                          # its references are for training
     asked, names, found = args.metrics or [], [], {}
     if not {*asked} <= {*known, "all"}:
         raise ValueError(f"--metrics {' '.join(asked)}: of these sets there are all, {', '.join(known)}")
@@ -420,66 +406,58 @@ def is_checkpoint(source):
         mmap = zipfile.is_zipfile(path)                                # its weights are not read here
         return {"ema", "config"} <= {*torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)}
 
-def draw(args, model, checkpoint, count):
-    """Samples of a checkpoint, as a Set."""
-    size = args.points if model.cfg.domain == "points" else args.res and (args.res, args.res)
-    out = sample.sample(model.to(args.device), checkpoint, count, args.out, size=size, seed=args.seed,
-                        tokens=args.tokens, guidance=args.guidance, solver=args.solver, dtype=args.dtype,
-                        options={"steps": args.steps} if args.steps else {})
-    return open_set(str(out), args, "--fake")
-
 def evaluate(args):
     """Draws what is to be drawn, computes, prints, writes args.json; returns its content on process 0."""
-    warnings, fake, model, scores = [], None, None, {}
+    warnings, fake, model, scores = [], Set(), None, {}
 
     def warn(text):
         warnings.append(text)
         print0(f"WARNING: {text}", sys.stderr)
-    real, held = (open_set(source, args, flag) if source else None
+    real, held = (open_set(source, args, flag) if source else Set()
                   for source, flag in ((args.real, "--real"), (args.held_out, "--held-out")))
-    if args.nearest and not (args.fake and real and real.count) or held and not (args.nearest and held.count):
+    if args.nearest and not (args.fake and real.count) or args.held_out and not (args.nearest and held.count):
         raise ValueError("--nearest N needs --fake, and as --real the training items; --held-out needs both")
     if is_checkpoint(args.fake):
         model, checkpoint = sample.load(args.fake, "raw" if args.raw else "ema")
     elif args.fake:
         fake = open_set(args.fake, args, "--fake")
         fake.count = min(fake.count, args.n or fake.count)
-    domain = model.cfg.domain if model else fake.domain if fake else "points"
-    if {items.domain for items in (real, held) if items} - {domain} or fake and not fake.count:
+    domain = model.cfg.domain if model else fake.domain or "points"
+    if {real.domain, held.domain} - {domain, None} or fake.source and not fake.count:
         raise ValueError(f"--fake {args.fake}, --real {args.real}: expected items, of one domain")
-    names, found, runs = choose(args, domain, real, warn)
+    names, nets, runs = choose(args, domain, real, warn) if args.metrics or not args.nearest else ([], {}, [])
     if model:
-        count = real.count if real and domain == "points" else 50_000
-        fake = draw(args, model, checkpoint, args.n or count)
-    paths = {name: path for name, (path, *_) in found.items()}
-    task = argparse.Namespace(args=args, fake=fake, real=real, warn=warn, moments={}, rows={}, paths=paths,
-                           protocol=protocol(args, fake, real, found))
-    check_pair(fake or Set(), real or Set(), names, warn)
+        count = args.n or (domain == "points" and real.count) or 50_000
+        size = args.points if domain == "points" else args.res and (args.res, args.res)
+        out = sample.sample(model.to(args.device), checkpoint, count, args.out, size=size, seed=args.seed,
+                            tokens=args.tokens, guidance=args.guidance, solver=args.solver, dtype=args.dtype,
+                            options={"steps": args.steps} if args.steps else {})
+        fake = open_set(str(out), args, "--fake")
+    task = argparse.Namespace(args=args, fake=fake, real=real, warn=warn, moments={}, rows={},
+                              protocol=protocol(args, fake, real, nets))
+    check_pair(fake, real, names, warn)
     compute(task, names, runs, scores)
     if RANK:
         return None
     if not np.isfinite([*scores.values()]).all():
         raise ValueError(f"found {scores}; expected finite numbers")
-    rows = next(filter(None, (published(items.dataset) for items in (real, fake) if items)), {})
+    rows = references.paper(real.dataset) or references.paper(fake.dataset)
     paper = {row: rows[row] for row in rows if row != "references" and {*rows[row]} & {*scores}}
     if scores:
         print_table({"ours": scores, **paper})
     print(f"{task.protocol['n_fake']} samples, {task.protocol['n_real']} references; protocol in {args.json}")
-    result = dict(metrics=scores, paper=paper, protocol=task.protocol, warnings=warnings)
-    if args.nearest:
-        result["nearest"] = memorised(task, held)
+    result = dict(metrics=scores, paper=paper, protocol=task.protocol, warnings=warnings,
+                  nearest=memorised(task, held) if args.nearest else None)
     write_json(args.json, result)
     return result
 
 def compute(task, names, runs, scores):
     torch.set_float32_matmul_precision("highest")
-    streamed = [name for name in names if METRICS[name].feature]
-    if streamed:
-        extract(task, "fake", streamed, runs)
-    streamed = [name for name in streamed if "real" in METRICS[name].needs]
-    streamed = [name for name in streamed if not {*METRICS[name].statistics} & {*task.real.statistics}]
-    if streamed and task.real.count:
-        extract(task, "real", streamed, runs)
+    for side, items in (("fake", task.fake), ("real", task.real)):
+        streamed = [name for name in names if METRICS[name].feature and side in METRICS[name].needs
+                    and not {*METRICS[name].statistics} & {*items.statistics}]
+        if streamed and items.count:
+            extract(task, side, streamed, runs)
     sizes, hashes, paths = ([task.protocol.get(f"{side}{key}") for side in ("fake", "real")]
                             for key in ("_size", "_sha256", ""))
     if None not in sizes and sizes[0] != sizes[1]:
@@ -490,58 +468,50 @@ def compute(task, names, runs, scores):
     for score in dict.fromkeys(METRICS[name].score for name in names):
         mine = [name for name in names if METRICS[name].score is score]
         if RANK == 0 or score is pair_scores:
-            scores.update({name: x for name, x in score(task, mine).items() if name.removesuffix("_std") in mine})
+            scores.update(score(task, mine))
 
 def memorised(task, held):
     """--nearest N: the three training items nearest to each of N samples, on a sheet and in numbers."""
     args, real, image = task.args, task.real, task.fake.domain == "image"
 
     def read(items, i):
-        item = items.item(i)
-        return item if image or args.normalize == "none" else clouds.normalise_box(item[None])[0]
+        return items.item(i) if image else clouds.normalise_box(items.item(i)[None])[0]
 
-    def near(items):                                                   # (N,S)
+    def near(items):
         with sample.progress_bar(items.count, "item") as bar:
-            return nearest.distances(distance, partial(read, items), items.count, args.workers, bar.update)
+            return nearest.nearest(samples, lambda i: read(items, i), items.count, args.workers, bar.update)
     samples = [read(task.fake, i) for i in range(min(args.nearest, task.fake.count))]
-    distance = nearest.pixels(samples) if image else nearest.chamfer(samples)
-    found = near(real)
-    order = found.argsort(1, kind="stable")[:, :3]
-    tiles = [tile for one, row in zip(samples, order) for tile in (one, *(read(real, j) for j in row))]
-    if not image:
-        tiles = [sample.draw_points(2 * clouds.normalise_box(tile[None])[0]) for tile in tiles]
+    order, found = near(real)                                          # (N,3)
+    tiles = [x for one, row in zip(samples, order.tolist()) for x in (one, *(read(real, j) for j in row))]
+    tiles = tiles if image else [sample.draw_points(2 * tile) for tile in tiles]
     sheet = Path(args.json).with_suffix(".nearest.png")
     write_atomic(sheet, lambda file: sample.grid_image(tiles, 1 + order.shape[1]).save(file, "PNG"))
-    result = dict(sheet=str(sheet), distance="root mean square of pixels" if image else "Chamfer",
-                  items=order.tolist(), distances=np.take_along_axis(found, order, 1).tolist(),
-                  train=found.min(1).mean(), n_train=real.count)
-    if held:
-        result.update(held_out=near(held).min(1).mean(), n_held_out=held.count)
+    result = dict(sheet=str(sheet), train=found[:, 0].mean(), n_train=real.count)
+    if held.count:
+        result.update(held_out=near(held)[1][:, 0].mean(), n_held_out=held.count)
         result["ratio"] = result["train"] / result["held_out"] if result["held_out"] else None
-    print("nearest:", *(f"{key} {value}" for key, value in result.items() if key not in ("items", "distances")))
-    return result
+    print("nearest:", *(f"{key} {value}" for key, value in result.items()))
+    return result | dict(items=order.tolist(), distances=found.tolist())
 
 def protocol(args, fake, real, found):
     """How the figures come about: all flags, what sample.py wrote beside the samples, both sets."""
     empty = dict.fromkeys(("ckpt_sha256", "weights", "nfe"))
-    content = vars(args) | empty | (fake.record if fake else {}) | dict(samples=None, device=str(args.device))
-    for side, items in (("fake", fake or Set()), ("real", real or Set())):
+    content = vars(args) | empty | fake.record | dict(samples=None, device=str(args.device))
+    for side, items in (("fake", fake), ("real", real)):
         n = items.count or items.record.get("n")
         content.update({side: items.source, f"n_{side}": n, f"{side}_sha256": items.sha256,
                         f"file_type_{side}": items.file_type, f"normalisation_{side}": items.normalisation})
     keys = "file", "sha256", "published"
     content["networks"] = {name: dict(zip(keys, (str(path), *rest))) for name, (path, *rest) in found.items()}
-    content.update(torch=str(torch.__version__), processes=WORLD)
-    if real:
-        content.update(split=real.record.get("split", args.split), real_protocol=real.record)
-    return content
+    return content | dict(torch=str(torch.__version__), processes=WORLD, real_protocol=real.record,
+                          split=real.record.get("split", args.split))
 
 def check_pair(fake, real, names, warn):
     """Warns where the protocol makes figures incomparable."""
     few = [name for name in names if fake.count < METRICS[name].published]
     if few:
-        warn(f"{', '.join(few)} of {fake.count} samples against {real.count} real items: published figures are "
-             f"of {METRICS[few[0]].published:,}; below 10,000 of either the bias exceeds what models differ by")
+        warn(f"{', '.join(few)} of {fake.count} samples, {real.count} real items read: published figures are "
+             f"of {METRICS[few[0]].published:,} and 10,000; the bias of fewer exceeds what models differ by")
     types = [items.file_type for items in (fake, real)]
     lossy = {bool({"jpg", "jpeg", "webp", "avif", "jp2"} & {*kind.split("+")}) for kind in types if kind}
     if len(lossy) == 2:
@@ -551,23 +521,20 @@ def print_table(columns):
     """{heading: {metric: figure}}; the first column says which metrics."""
     print(" " * 14, *(f"{heading:>18}" for heading in columns))
     for name in next(iter(columns.values())):
-        unit = METRICS[name.removesuffix("_std")].unit
         figures = (f"{column[name]:18.4f}" if name in column else f"{'-':>18}" for column in columns.values())
-        print(f"{name} {unit}".ljust(14), *figures)
+        print(f"{name} {METRICS[name.removesuffix('_std')].unit}".ljust(14), *figures)
 
 def stats(args):
     """Reference statistics of a set of images, every one exactly once."""
-    if not args.data or not str(args.out).endswith(".npz"):
-        raise ValueError(f"stats --data {args.data} --out {args.out}: expected a name that ends in .npz")
     args.fake = args.real = args.data
-    real = open_set(args.data, args, "--data")
-    if real.domain != "image" or not real.count:
-        raise ValueError(f"--data {args.data}: found {real.domain}, {real.count} items; expected images")
+    real = open_set(args.data or "", args, "--data")
+    if real.domain != "image" or not real.count or not args.out.endswith(".npz"):
+        raise ValueError(f"--data {args.data} --out {args.out}: expected images, a name that ends in .npz")
     real.count = min(real.count, args.n or real.count)
     names, found, runs = choose(args, "image", real, lambda text: print0(f"WARNING: {text}", sys.stderr))
     names = [name for name in names if "real" in METRICS[name].needs]
-    task = argparse.Namespace(args=args, real=real, moments={}, rows={})
-    task.protocol = protocol(args, None, real, found)
+    task = argparse.Namespace(args=args, real=real, moments={}, rows={},
+                              protocol=protocol(args, Set(), real, found))
     extract(task, "real", names, runs)
     arrays = {"features": rows.numpy() for rows in task.rows.values()}
     for name in names:
@@ -594,16 +561,14 @@ def parser():
     flag("--metrics", nargs="+", metavar="NAME", help=f"all, or of {' '.join(METRICS)}")
     flag("--json", default="metrics.json", help="figures and protocol (default: metrics.json)")
     flag("--features", help="module:callable or TorchScript: uint8 (b,3,H,W) or float32 (b,P,3) -> (b,d)")
-    flag("--weights", nargs="+", metavar="PATH", dest="weight_files", help="of the metrics' networks "
-         "(default: those in the cache; a metric asked for by name downloads its own)")
+    flag("--weights", nargs="+", metavar="PATH", dest="weight_files", help="networks (default: the cache's)")
     flag("--cache", default=str(weights.cache_directory()), help="of weights and pairs of clouds")
     flag("--resize", choices=inception.RESIZES, default="tf1", help="for Inception (default: tf1, ADM's)")
     flag("--res", type=positive, help="crop and resize images to this side, as training does")
     flag("--n", "--samples", type=positive, help="samples to draw or read; items of an endless data set")
     flag("--k", type=positive, default=3, help="neighbour of precision and recall (default: 3)")
-    flag("--nearest", type=positive, metavar="N", help="a sheet of N samples, each with its nearest items of "
-         "--real, here the training set; other metrics only where they are named")
-    flag("--held-out", help="of --nearest: items of no training, a set as --real")
+    flag("--nearest", type=positive, metavar="N", help="a sheet: N samples, nearest training items (--real)")
+    flag("--held-out", help="for --nearest: items of no training, a set as --real")
     flag("--emd", choices=[*clouds.DISTANCES][1:], default="lion", help="default: lion, the paper's scale")
     flag("--normalize", choices=("box", "none"), default="box", help="clouds: longest side 1, or as stored")
     flag("--images", help="ulip_i: the conditioning images, in order, or their features as .npy")
@@ -622,7 +587,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    args.real, out = args.real or args.dataset, Path(args.out if args.command == "stats" else args.json)
+    args.real, out = args.real or args.dataset, Path(args.out or "." if args.command else args.json)
     if not args.command and not args.fake and not args.point_features:
         raise ValueError("--fake is missing: samples (a directory or file), or a checkpoint to draw from")
     if not out.parent.is_dir() or out.is_dir():

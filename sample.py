@@ -680,6 +680,19 @@ def parse_size(text, cfg):
     height, width = int(found[1]), int(found[3] or found[1])
     return (height * cfg.res, height * cfg.res) if text.endswith("x") else (height, width)
 
+def check_compiler(device):
+    """torch.compile would fail in the first step, in many lines, where it finds no compiler."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
+    except Exception as e:                                             # it raises nearly anything
+        reason = " ".join(str(e).partition("Set TORCHDYNAMO")[0].split())[:200]
+        raise ValueError(f"torch.compile: {reason}; --no-compile does without it") from None
+
+def compile_parts(model):
+    """Compiles encoder and decoder; chunks and batches of another size share a graph after the first two."""
+    for name in ("encode", "prepare", "decode"):
+        setattr(model, name, torch.compile(getattr(model, name)))
+
 def parse_classes(wanted, names):
     """Labels of class names, or of indices where no name is a number; all classes where none is wanted."""
     labels = {name: i for i, name in enumerate(names)}
@@ -721,6 +734,7 @@ def parser():
     flag("--npz", action="store_true", help="also samples.npz, as ADM: arr_0 uint8 (n,H,W,3), arr_1 labels")
     flag("--batch", type=positive, help="samples at a time (default: by resolution)")
     flag("--chunk", type=positive, help="queries decoded at a time (default: 4096 on the CPU, else 65536)")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: pays for many samples on a GPU")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
     return p
@@ -733,6 +747,9 @@ def main(argv=None):
         if getattr(args, name):
             raise ValueError(f"--{name}: does not apply to a checkpoint of domain {model.cfg.domain}")
     model.to(start_processes(args.device, "gloo"))
+    if args.compile:
+        check_compiler(model.device)
+        compile_parts(model)
     options = {name: getattr(args, name) for name in ("steps", *DEFAULTS) if getattr(args, name) is not None}
     size = parse_size(args.res or "1x", model.cfg) if image else args.points
     wishes = {name: getattr(args, name) for name in WISHES.keys() - {"size", "options"}}

@@ -31,8 +31,8 @@ from torch.utils._pytree import tree_map_only
 
 import data
 from model import ASFT, ENCODERS, PATHS, PRESETS, TIMES, cicfm_loss, config, image_coords
-from sample import (RANK, SOLVERS, WORLD, autocast, checkpoints, draw_points, find_checkpoint, generate,
-                    grid_image, natural, normals, positive, print0, progress_bar, random_words,
+from sample import (RANK, SOLVERS, WORLD, autocast, check_compiler, checkpoints, draw_points, find_checkpoint,
+                    generate, grid_image, natural, normals, positive, print0, progress_bar, random_words,
                     read_checkpoint, run_main, start_processes, to_pixels, write_atomic, write_json,
                     write_png)
 
@@ -388,11 +388,7 @@ def wrap(model, args, device):
     """The model, compiled and shared out among processes as the flags ask for."""
     net = model
     if args.compile or args.compile is None and device.type == "cuda":
-        try:                                               # fails here, not in the first step
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
-        except Exception as e:                             # a missing compiler raises nearly anything
-            reason = " ".join(str(e).partition("Set TORCHDYNAMO")[0].split())[:200]
-            raise ValueError(f"torch.compile: {reason}; --no-compile trains without it") from None
+        check_compiler(device)
         net = torch.compile(model)
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)

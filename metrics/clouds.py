@@ -30,7 +30,7 @@ from tqdm import tqdm
 VERSION = 1        # of the arithmetic below: part of the key under which distances are cached
 
 def check(*sets):
-    """Raises ValueError unless each set is finite floats (S,P,3): as (S,3,P), clouds would give numbers too."""
+    """Raises ValueError unless each set is finite floats (S,P,3): (S,3,P) would give numbers, too."""
     for clouds in sets:
         x = clouds if isinstance(clouds, torch.Tensor) else torch.from_numpy(np.array(clouds))
         if x.dim() != 3 or x.shape[2] != 3 or 0 in x.shape or not x.is_floating_point():

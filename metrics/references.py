@@ -48,6 +48,12 @@ def read(path, statistics=()):
         found.array = as_items(found.array)
     return found
 
+def paper(dataset):
+    """{row: {metric: figure}} of the ASFT paper for a data set (name, category or resolution), in units of
+    evaluate.py, from paper.json beside this file; of ShapeNet also `references`, how many."""
+    rows = json.loads(Path(__file__).with_name("paper.json").read_text())
+    return rows.get(" ".join(map(str, dataset or ())), {})
+
 def as_items(array):
     """Images or point clouds, grey images in three channels. Raises ValueError for any other array."""
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] != 3:        # that would be one in RGB

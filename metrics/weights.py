@@ -113,10 +113,10 @@ def identify(path):
             head = file.read(2 ** 24)                                  # older files have the names in front
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                parts = [name for name in archive.namelist() if name.endswith(("/data.pkl", "/constants.pkl"))]
-                head = b"".join(archive.read(name) for name in parts)
-                if any(name.endswith("/constants.pkl") for name in parts):   # TorchScript: only CLIP is so
+                names = archive.namelist()
+                if any(name.endswith("constants.pkl") for name in names):    # TorchScript: only CLIP is so
                     return "clip"
+                head = b"".join(archive.read(name) for name in names if name.endswith("data.pkl"))
     except Exception as e:     # a broken file raises whatever its bytes provoke
         raise ValueError(f"--weights {path}: not a file of tensors ({type(e).__name__})") from None
     for mark, name in MARKS.items():

@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate
 import sample
 from conftest import ROOT
-from metrics import clouds, frechet, weights
+from metrics import clouds, frechet, references, weights
 from model import ASFT, Config
 
 FEATURES = "def pixels(x):\n    return (x.float()[:, :, ::8, ::8] if x.dim() == 4 else x[:, :9]).flatten(1)\n"
@@ -86,15 +86,15 @@ def test_a_set_against_itself(network, capsys):
     folder("a", images())
     result = run("--fake", "a", "--real", "a", "--metrics", "all", "--cache", "cache")
     found, protocol = result["metrics"], result["protocol"]
-    assert set(found) == {"fid", "sfid", "is", "precision", "recall", "is_std"}
+    assert {*found} == {*"fid sfid is is_std precision recall density coverage kid kid_std".split()}
     assert found["fid"] < 1e-3 and found["sfid"] < 1e-3 and found["precision"] == found["recall"] == 1
     assert json.loads(Path("metrics.json").read_text()) == json.loads(json.dumps(result))
     assert protocol["n_fake"] == protocol["n_real"] == 12 and protocol["file_type_real"] == "png"
     assert protocol["real_sha256"] == protocol["fake_sha256"] and len(protocol["real_sha256"]) == 64
     assert protocol["networks"]["inception"] == dict(file="net.pth", sha256="f00d", published=False)
     assert {"split", "ckpt_sha256", "weights", "solver", "nfe", "guidance", "seed", "resize"} <= {*protocol}
-    for part in ("f00d, is not the published file", "fid, sfid, is of 12 samples", "against 12 real",
-                 "fid_clip is left out", "fd is left out"):
+    for part in ("f00d, is not the published file", "fid, sfid, is of 12 samples, 12 real items", "same set",
+                 "fid_clip is left out", "fdd is left out", "fd is left out"):
         assert part in " ".join(result["warnings"])
     assert capsys.readouterr().err.count("WARNING:") == len(result["warnings"])
 
@@ -111,10 +111,12 @@ def test_every_image_source_gives_the_same_distance():
     torch.jit.script(Pixels()).save("pixels.pt")
     found = [run("--fake", x, "--real", y, "--features", f)["metrics"] for x, y, f in (
         ("a", "b", "mine:pixels"), ("a.npz", "b", "mine:pixels"), ("a", "b.NPZ.npz", "pixels.pt"))]
-    assert set(found[0]) == {"fd", "precision", "recall"} and found[0] == found[1] == found[2]
+    assert set(found[0]) == {"fd", "precision", "recall", "density", "coverage", "kid", "kid_std"}
+    assert found[0] == found[1] == found[2]
     x, y = (s[:, ::8, ::8].transpose(0, 3, 1, 2).reshape(len(s), -1).astype(float) for s in (a, b))
     moments = x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)
     assert found[0]["fd"] == pytest.approx(frechet.frechet_distance(*moments), rel=1e-9)
+    assert (found[0]["kid"], found[0]["kid_std"]) == pytest.approx(frechet.kid(y, x), rel=1e-9)
     assert run("--fake", "a", "--real", "b", *MINE, "--res", 16)["protocol"]["fake_size"] == (16, 16, 3)
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
@@ -149,15 +151,63 @@ def test_adm_statistics(network):
     assert found == {"precision": 1, "recall": 1}
     assert set(run("--fake", "b.npz")["metrics"]) == {"is", "is_std"}
 
+def test_fdd_is_of_resized_images_and_of_vit_l(monkeypatch):
+    """If FDD's images were not 224 x 224, its features no class tokens, or another network were used."""
+    class Small(torch.nn.Module):
+        registers, blocks, norm = 0, range(24), torch.nn.LayerNorm(1024)
+
+        def forward(self, x, which):
+            return x.float().mean((1, 2)) * (which == "class") * x.shape[2]
+    monkeypatch.setattr(evaluate.dinov2, "load", lambda path: Small())
+    monkeypatch.setattr(weights, "find", lambda *rest: ("d.pth", "f00d", True))
+    moments, words = [], ("--fake", "0.npz", "--real", "1.npz", "--metrics", "fdd")
+    for seed in (0, 1):
+        np.savez(f"{seed}.npz", images(seed=seed))
+        x = [224 * np.mean(Image.fromarray(i).resize((224, 224), 3), (0, 1)) for i in images(seed=seed)]
+        moments += [np.mean(x, 0), np.cov(x, rowvar=False)]
+    assert run(*words)["metrics"] == {"fdd": pytest.approx(frechet.frechet_distance(*moments), rel=1e-4)}
+    Small.registers = 4
+    with pytest.raises(ValueError, match=r"\(1024, 24, 4\); expected ViT-L/14"):
+        run(*words)
+
+def test_nearest_items_of_the_training_set():
+    """If the sheet showed other items, or the ratio were not that of the mean distances to the nearest."""
+    b = np.concatenate([images(9), images(5, seed=2)])
+    a = np.stack([b[4], images(1, seed=3)[0], b[8]])
+    folder("train", b[:9])
+    np.savez("held.npz", b[9:])
+    np.savez("a.npz", a)
+    result = run("--fake", "a.npz", "--real", "train", "--nearest", 2, "--held-out", "held.npz")
+    rms = np.array([[np.sqrt(np.mean((x.astype(float) - y) ** 2)) for y in b] for x in a[:2]])
+    near, far, found = rms[:, :9].min(1).mean(), rms[:, 9:].min(1).mean(), result["nearest"]
+    assert found["items"] == rms[:, :9].argsort(1)[:, :3].tolist() and found["items"][0][0] == 4
+    figures = [found[key] for key in ("train", "held_out", "ratio")]
+    assert figures == pytest.approx([near, far, near / far], rel=1e-5) and result["metrics"] == {}
+    sheet = np.asarray(Image.open("metrics.nearest.png"))[:120:5]      # five times as large, 2 pixels apart
+    assert np.array_equal(sheet[:, :120:5], a[0]) and np.array_equal(sheet[:, 122:242:5], a[0])
+    np.save("c.npy", shapes(4) * 3 + 5)
+    np.save("d.npy", shapes(8, 40))
+    result = run("--fake", "c.npy", "--real", "d.npy", "--nearest", 9, "--metrics", "jsd")
+    a, b = (torch.from_numpy(clouds.normalise_box(x)) for x in (shapes(4), shapes(8, 40)))
+    near = torch.stack([clouds.chamfer(a, y.expand(4, -1, -1)) for y in b], 1).amin(1).mean().item()
+    assert result["nearest"]["train"] == pytest.approx(near, rel=1e-4) and "jsd" in result["metrics"]
+    with pytest.raises(ValueError, match="--nearest N needs"):
+        run("--fake", "c.npy", "--real", "d.npy", "--held-out", "d.npy")
+
 def test_file_types_sizes_and_few_items_are_flagged():
-    """If JPEG samples were compared with PNG references, or other sizes, without a word."""
+    """If JPEG samples were compared with PNG references, other sizes, or themselves, without a word."""
     folder("a", images(), ".jpg")
     folder("b", images(res=22))
     folder("c", images(res=22, seed=2), ".bmp")
     warned = " ".join(run("--fake", "a", "--real", "b", *MINE)["warnings"])
     for part in ("file types differ: jpg samples, png references", "sizes differ", "rank-deficient"):
         assert part in warned
-    assert "differ" not in " ".join(run("--fake", "b", "--real", "c", *MINE)["warnings"])
+    warned = " ".join(run("--fake", "b", "--real", "c", *MINE)["warnings"])
+    assert "differ" not in warned and "same set" not in warned
+    folder("d", images(res=22))                             # the content of b
+    np.save("e.npy", shapes())
+    for words in (["b", "--real", "d", *MINE], ["e.npy", "--real", "./e.npy", "--metrics", "jsd"]):
+        assert "the same set" in " ".join(run("--fake", *words)["warnings"])
 
 def test_new_metric_is_one_row_and_one_function(monkeypatch):
     """If a metric needed more than its row to be listed, computed and printed."""
@@ -259,7 +309,7 @@ def test_lion_s_global_protocol_and_the_paper_s_rows(capsys):
     assert "3.6310" in capsys.readouterr().out and not raw["paper"]
     assert scaled["paper"]["ASFT-L (Tab. 4)"]["1nna_cd"] == 50.52
     assert "against 662" in " ".join(scaled["warnings"])
-    assert evaluate.PAPER["imagenet256", 256]["ASFT-XL (Tab. 3)"]["fid"] == 3.74
+    assert references.paper(("imagenet256", 256))["ASFT-XL (Tab. 3)"]["fid"] == 3.74
 
 def test_more_samples_or_points_than_references():
     """If more samples than references were scored, or clouds of other numbers of points compared."""
@@ -286,6 +336,12 @@ REFUSED = {     # words -> what the line must say
     "--fake nan.npy --real good.npy": "nan.npy: item 4 has 0 finite points of 30",
     "--fake first.npy --real good.npy": "first.npy: found float32 (6, 3, 30)",
     "--fake grey.npy --real good.npy": "(6, 8, 8); expected",
+    "--fake rgb.npy --real good.npy": "float64 (6, 8, 8, 3); expected point clouds, floats (S,P,3)",
+    "--fake first.PT --real good.npy": "first.PT: found float32 (6, 3, 30)",
+    "--fake first --real good.npy": "0.NPY: found float32 (3, 30); expected a .npy or .ply of floats (n,3)",
+    "--real shapenet:val --data first.pt --category first --fake good.npy": "first.pt: cannot be read",
+    "--fake whole.pt --real good.npy": "int64 (6, 30, 3); expected",
+    "--fake bytes.npy --real whole.npz": "uint8 (24, 24, 3); expected",
     "--fake same.npy --real good.npy": "all the same",
     "--fake other.npz --real whole.npz": "other.npz: found weights; expected",
     "--fake mixed --real whole.npz --features mine:pixels": "item 1 is (24, 24, 3)",
@@ -305,9 +361,16 @@ def bad(tmp_path_factory):
     path, a = tmp_path_factory.mktemp("bad") / "files", shapes()
     path.mkdir()
     nan = np.where(np.arange(6)[:, None, None] == 4, np.nan, a)
-    arrays = dict(nan=nan, good=a, same=0 * a, first=a.transpose(0, 2, 1), grey=np.ones((6, 8, 8)))
+    arrays = dict(nan=nan, good=a, same=0 * a, first=a.transpose(0, 2, 1), grey=np.ones((6, 8, 8)),
+                  rgb=np.ones((6, 8, 8, 3)), whole=np.ones(a.shape, int), bytes=images(1)[0])
     for name, array in arrays.items():
         np.save(path / f"{name}.npy", array)
+    torch.save(torch.from_numpy(arrays["first"]), path / "first.PT")
+    lion(path / "first.pt", arrays["first"])
+    torch.save(torch.from_numpy(arrays["whole"]), path / "whole.pt")
+    (path / "first").mkdir()
+    np.save(path / "0.npy", arrays["first"][0])
+    os.rename(path / "0.npy", path / "first" / "0.NPY")
     np.savez(path / "whole.npz", arr_0=images(4))
     np.savez(path / "other.npz", weights=np.zeros(3))
     (path / "text.pt").write_text("hello")

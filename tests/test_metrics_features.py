@@ -7,9 +7,9 @@ import pytest
 import scipy.linalg
 import torch
 
-from metrics.frechet import Moments, frechet_distance, sqrt_trace
+from metrics.frechet import Moments, frechet_distance, kid, sqrt_trace
 from metrics.inception import inception_score
-from metrics.precision_recall import precision_recall, squared_distances
+from metrics.precision_recall import density_coverage, precision_recall, squared_distances
 from metrics.ulip import ulip_score
 
 def features(n, d, seed=0, shift=0.0):
@@ -113,6 +113,22 @@ def test_bad_statistics_are_refused(bad, words):
     with pytest.raises(ValueError, match="expected"):
         sqrt_trace(np.eye(2), np.eye(3))
 
+def test_kid_against_loops_and_by_hand():
+    """If KID were biased, of another kernel or scale, or its subsets were not those of its seed."""
+    def mean(a, b, same=False):
+        return np.mean([(p @ q / 5 + 1) ** 3 for i, p in enumerate(a) for j, q in enumerate(b)
+                        if not same or i != j])
+    x, y, order, slow = features(12, 5), features(9, 5, 1, shift=0.5), torch.Generator().manual_seed(0), []
+    for _ in range(4):
+        a, b = (s[torch.randperm(len(s), generator=order)[:6]].numpy() for s in (x, y))
+        slow.append(1e3 * (mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b)))
+    assert kid(x, y, 4, 6) == pytest.approx((np.mean(slow), np.std(slow)), rel=1e-9)
+    assert kid(x, y, 4, 6) == kid(x.numpy(), y, 4, 6) != kid(x, y, 4, 6, seed=1)
+    assert kid([[0.0], [0.0]], [[1.0], [1.0]]) == (7000, 0)            # (1 + 8 - 2 x 1) x 1e3
+    for bad in (x[0], x[:1], x[:, :4], x * math.nan, x[None]):
+        with pytest.raises(ValueError, match=r"^KID of features .*expected finite \(n,d\) twice[^\n]*$"):
+            kid(x, bad)
+
 # --- Precision and recall
 
 def test_precision_and_recall_by_hand():
@@ -148,10 +164,26 @@ def test_precision_recall_against_loops():
             assert precision_recall(real, fake, k, block) == pytest.approx(expected)
         assert precision_recall(real.double() + 1e4, fake.double() + 1e4, k) == pytest.approx(expected)
 
+def test_density_and_coverage():
+    """If k, the comparison, the divisor or the side of the balls were not those of Naeem et al. 2020."""
+    ref, smp = (np.array([x]).T for x in ([0.0, 1, 2, 3, 4], [-3, -2.5, 2.5, 7.5, 10]))
+    # k = 2, radii 2 1 1 1 2, edges outside: 2.5 lies in the balls of 2, 3 and 4, all others in none
+    assert density_coverage(ref, smp, 2) == (3 / (2 * 5), 3 / 5)
+    x = features(40, 16)
+    assert density_coverage(x, x) == (1, 1) and density_coverage(x, x + 100) == (0, 0)
+    real, fake = features(25, 3), features(20, 3, 1, shift=0.5)
+    radius = [sorted(math.dist(b, o) for o in real)[5] for b in real]
+    inside = np.array([[math.dist(p, b) < r for b, r in zip(real, radius)] for p in fake])
+    assert density_coverage(real, fake, block=7) == pytest.approx((inside.sum() / 100, inside.any(0).mean()))
+    found = [density_coverage(features(200, 4, i), features(200, 4, 99 - i)) for i in range(20)]
+    coverage = 1 - math.prod((200 - i) / (400 - i) for i in range(1, 6))           # the paper's closed form
+    assert np.mean(found, 0) == pytest.approx([1, coverage], abs=0.02)
+
 @pytest.mark.parametrize("real, fake, words", [
-    (features(3, 4), features(9, 4), "at least 4 real items, found 3"),
+    (features(3, 4), features(9, 4), "k = 3 needs at least 4 real items, found 3"),
+    (features(9, 4)[None], features(9, 4), r"real features are \(1, 9, 4\): expected \(n,d\)"),
     (features(9, 4)[0], features(9, 4), "real"), (features(9, 4), features(3, 4), "at least 4 fake"),
-    (features(9, 4), features(9, 5), r"fake .*expected \(n,4\)"),
+    (features(9, 4), features(9, 5), r"fake features are \(9, 5\): expected \(n,d\)"),
     (features(9, 4), features(9, 4) * math.nan, "item 0 are not finite")])
 def test_bad_sets_are_refused(real, fake, words):
     """If too few items for k, another width or NaN gave a number."""

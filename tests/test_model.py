@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as asft
 from conftest import ROOT
@@ -336,6 +337,25 @@ def test_bfloat16_autocast_stays_close(variant):
     assert rounded.dtype == torch.float32 and abs(rounded / loss - 1) < 0.03
     flat = [torch.cat([g.flatten() for g in z.values()]) for z in (got, exact)]
     assert F.cosine_similarity(*flat, dim=0) > 0.99
+
+@pytest.mark.parametrize("name", asft.PRESETS)
+def test_attention_gets_what_the_flash_kernel_takes(name, monkeypatch):
+    """bfloat16, heads of at most 128 that 8 divides, numbers of a head side by side, as without gradients on a
+    CPU, which is the way of a GPU. Fake tensors: a build without CUDA has no fake GPU."""
+    seen, inner = [], F.scaled_dot_product_attention
+
+    def watched(*qkv):
+        seen.extend((x.dtype, x.shape[-1] <= 128 and x.shape[-1] % 8 == 0, x.stride(-1)) for x in qkv)
+        return inner(*qkv)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    with FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cfg = asft.config(name)
+        net, image = asft.ASFT(cfg), cfg.domain == "image"
+        x = torch.empty(2, cfg.res ** 2 if image else cfg.points, 3)
+        coords = torch.empty(x.shape[1], 2) if image else None
+        tokens = torch.empty(2, 9, cfg.token_dim) if cfg.token_dim else None
+        asft.cicfm_loss(net, coords, x, x, torch.empty(2), torch.zeros(2, 8, dtype=torch.long), tokens=tokens)
+    assert len(seen) >= 3 * (cfg.depth + cfg.levels) and {*seen} == {(torch.bfloat16, True, 1)}
 
 def test_no_graph_break(monkeypatch):
     """If network and loss, windows in parts and recomputed blocks too, did not compile as one graph."""

@@ -1,5 +1,6 @@
 """sample.py: solvers against known solutions, samples however the work is cut, files, processes, wrong
 input."""
+import functools
 import io
 import json
 import math
@@ -138,6 +139,24 @@ def test_guidance_one_is_the_conditional_pass_and_more_moves_away():
     v = {g: sample.Velocity(net, asft.image_coords(32), 1024, label, guidance=g)(torch.ones(1, 1024, 3), 0.5)
          for g in (1.0, 3.0, 0.0)}
     assert torch.allclose(v[3.0], v[0.0] + 3 * (v[1.0] - v[0.0]), atol=1e-5)
+
+def test_compiled_sampling_needs_no_new_graph_after_the_first_step(monkeypatch):
+    """With guidance and a last chunk of another size, images and points."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for net, size in ((small(n_classes=3), (40, 50)), (small("points", n_classes=3), 700)):
+        torch._dynamo.reset()
+        graphs, options = [], dict(size=size, label=torch.tensor([1]), guidance=2.0, steps=3, chunk=900)
+        expected, _ = sample.generate(net, [0], **options)
+        sample.compile_parts(net)
+        inner = net.prepare
+
+        def counted(*args):
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            return inner(*args)
+        net.prepare = counted
+        found, _ = sample.generate(net, [0], **options)
+        assert (found - expected).abs().max() < 1e-4
+        assert graphs[0] < graphs[1] == graphs[2] and not torch._dynamo.utils.counters["graph_break"]
 
 def test_guidance_has_an_interval():
     """Outside of it the conditional pass runs alone, at half the price."""

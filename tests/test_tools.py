@@ -112,6 +112,7 @@ def test_what_obj_files_hold(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "one.mtl").write_text("newmtl other\nKd 0 0 1\n")
     cloth = "newmtl cloth\nKd 0 0 0\nmap_Kd ..\\cloth.png\n"
+    cloth += cloth.replace("cloth\n", "tiles\n").replace("map_Kd", "map_Kd -s 1 1 1 -clamp on")
     (tmp_path / "in" / "two b.mtl").write_text("newmtl red#1\nKd 1 0.2 0.2\n" + cloth)
     Image.fromarray(np.uint8([[RED, BLUE]])).resize((64, 32), Image.NEAREST).save(tmp_path / "cloth.png")
     points, faces = rows(CUBE, "v "), rows([[i + 1 for i in t] for t in TRIANGLES], "f ")
@@ -128,14 +129,58 @@ def test_what_obj_files_hold(tmp_path):
             (library + points + "usemtl red#1\n" + faces, RED),
             (library + points + "usemtl cloth\n" + places, RED),
             (library + points + "usemtl cloth\n" + faces, BLUE),    # no places: the middle of the texture
-            (library + points + "usemtl no\n" + places, None)]:
+            (library + points + "usemtl no\n" + places, None),
+            ("\ufeff" + points + faces, None), (points.replace("\n", "\r") + faces, None),
+            ("".join(rows(CUBE[[*t]], "v ") + "f -3 -2 -1\n" for t in TRIANGLES), None),
+            (rows([(*p, *RED) for p in CUBE], "v ") + faces, RED),
+            ("mtllib .\\two b.mtl\n" + points + "usemtl red#1 # it\n" + faces, RED),
+            (library + points + "usemtl tiles\n" + places, RED)]:
         triangles, colours = read(tmp_path / "in" / "a.OBJ", text)
         assert is_the_box(triangles), text
         assert colours is None if colour is None else (colours == colour).all(), text
     several = f"usemtl red#1\n{faces}usemtl no\n{faces}"
     colours = read(tmp_path / "in" / "a.obj", library + points + several)[1]
     assert sorted(map(tuple, colours.tolist())) == 12 * [3 * (meshes.GREY,)] + 12 * [RED]
-    refused("count back", call=lambda: read(tmp_path / "in" / "a.obj", points + back + points))
+    hexagon = rows([(math.cos(k), math.sin(k), 0) for k in np.arange(6) * math.pi / 3], "v ")
+    mixed = hexagon + "vt 0 0\nf 1/1 3/1 5/1\nf 1 2 3 4 5 6\n"        # six numbers in either face
+    assert math.isclose(area(read(tmp_path / "in" / "a.obj", mixed)[0]), 9 / 4 * 3 ** 0.5, rel_tol=1e-5)
+
+def test_what_polygon_files_hold(tmp_path):
+    """If colours of faces or of other names and numbers were lost, or half a file passed for a whole."""
+    sides = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255)]
+    halves = [tuple(x // 255 for x in side) for side in sides]
+    head = ply(8, 6).replace("end_header\n", rows(zip("rgb"), "property {} ") + "end_header\n")
+    for number, paint in (("uchar", sides), ("float", sides), ("float", halves), ("int", sides)):
+        text = head.format(*3 * [number]) + rows(CUBE)
+        text += rows([(4, *q, *side) for q, side in zip(QUADS, paint)])
+        off = f"OFF 8 6 0\n{rows(CUBE)}" + rows([(4, *q, *side) for q, side in zip(QUADS, paint)])
+        for triangles, colours in (read(tmp_path / "a.ply", text), read(tmp_path / "a.off", off)):
+            assert is_the_box(triangles) and (colours == np.repeat(sides, 2, 0)).all()
+    names = [f"diffuse_{c}" for c in ("red", "green", "blue")]
+    text = ply(8, 12, colours=names) + rows([(*p, *RED) for p in CUBE]) + rows([(3, *t) for t in TRIANGLES])
+    assert (read(tmp_path / "a.ply", text)[1] == RED).all()
+    refused("fewer faces", call=lambda: read(tmp_path / "a.ply", text[:-8]))
+    faces = QUADS[0], (4, 6, 7), (0, 4, 5, 1, 3)
+    sizes = b"".join(bytes([len(q)]) + np.array(q, "<i4").tobytes() for q in faces)
+    binary = ply(8, 3, "binary_little_endian").encode() + CUBE.astype("<f4").tobytes() + sizes
+    refused("several sizes", call=lambda: read(tmp_path / "a.ply", binary))         # as long as three quads
+    for text in (off[:-20], off.replace("OFF", "4OFF"), off.replace("4 1 5 7 3", "9 1 5 7 3")):
+        refused("found", call=lambda: read(tmp_path / "a.off", text))
+
+def test_what_stl_files_hold(tmp_path):
+    """If a word in a name, an end that is missing or colours in either order changed what is read."""
+    write_meshes(tmp_path / "box")
+    text = (tmp_path / "box" / "capitals.stl").read_text().replace("SOLID box", "solid vertex 1")
+    assert is_the_box(read(tmp_path / "a.stl", text.replace("\n", "\r"))[0])
+    refused("without an end", call=lambda: read(tmp_path / "a.stl", text + text[:400]))
+    raw = np.frombuffer((tmp_path / "box" / "binary.stl").read_bytes(), np.uint8).copy()
+    facets = raw[84:].reshape(12, 50)
+    for mark, head, colour in ((0xFC00, b"", (255, 0, 0)), (0x7C00, b"COLOR=abc", BLUE),
+                               (0x8000, b"COLOR=abc", (97, 98, 99))):
+        facets[:, 48:] = np.frombuffer(np.uint16(mark).tobytes(), np.uint8)
+        raw[:80] = list(head.ljust(80))
+        triangles, colours = read(tmp_path / "a.stl", raw.tobytes())
+        assert is_the_box(triangles) and (colours == colour).all()
 
 def gltf(path, kind="f4", material=None, places=None, paint=None, **more):
     """The box as glTF by hand, its numbers of that kind, at (10,0,0), beside primitives without points."""
@@ -168,11 +213,22 @@ def test_gltf(tmp_path, capfd):
     """If a transform, a factor or a texture were lost, or a primitive without points ended it all."""
     Image.fromarray(np.uint8([[RED, BLUE]])).resize((64, 32), Image.NEAREST).save(tmp_path / "cloth.png")
     images = dict(images=[dict(uri="cloth.png")], textures=[dict(source=0)])
+    images["images"][0]["uri"] = "clo%74h.png"
+
+    def move(**how):
+        return dict(index=0, extensions=dict(KHR_texture_transform=how))
+    glossy = dict(extensions=dict(KHR_materials_pbrSpecularGlossiness=dict(diffuseTexture=dict(index=0))))
+    box = dict(mesh=0, translation=[10, 0, 0])
     texture, half = dict(baseColorTexture=dict(index=0)), dict(baseColorFactor=[0.5, 0.5, 0.5, 1])
     for options, colour in [
             ({}, None), (dict(kind="i2"), None), (dict(material=dict(baseColorFactor=[1, 0.2, 0.2, 1])), RED),
             (dict(paint=RED), RED), (dict(material={}, paint=RED), RED), (dict(material={}), (255, 255, 255)),
             (dict(material=texture, places=(0.2, 0.5), **images), RED),
+            (dict(material=dict(baseColorTexture=move(offset=[-0.6, 0])), places=(0.8, 0.5), **images), RED),
+            (dict(material=dict(baseColorTexture=move(scale=[2, 1], rotation=math.pi / 2)), places=(0.3, 0.2),
+                  **images), RED),
+            (dict(material={}, materials=[glossy], places=(0.2, 0.5), **images), RED),
+            (dict(cameras=[{}], scenes=[dict(nodes=[1])], nodes=[box, dict(camera=0, children=[0])]), None),
             (dict(material=texture | half, places=(0.2, 0.5), **images), (128, 26, 26))]:
         gltf(tmp_path / "a.GLB", **options)
         triangles, colours = meshes.read_mesh(tmp_path / "a.GLB")
@@ -186,7 +242,10 @@ def test_gltf(tmp_path, capfd):
     assert is_the_box(triangles - (10, 0, 0)) and abs(colours.astype(int) - (128, 26, 26)).max() <= 1
     text = text.replace(b'"VEC3"', b'"VEC3", "normalized": true')
     refused("normalised", call=lambda: read(tmp_path / "a.gltf", text))
-    for name in ("KHR_draco_mesh_compression", "EXT_meshopt_compression"):
+    for old, new in ((b'"indices": 0', b'"indices": 0, "mode": 6'), (b'"VEC3"', b'"VEC3", "sparse": {}')):
+        refused("trimesh does not read", call=lambda: read(tmp_path / "a.gltf", raw[20:end].replace(
+            b'"buffers": [{', b'"buffers": [{"uri": "a.bin", ').replace(old, new)))
+    for name in ("KHR_draco_mesh_compression", "EXT_meshopt_compression", "EXT_mesh_gpu_instancing", "X_y"):
         gltf(tmp_path / "b.glb", extensionsRequired=[name])
         refused("b.glb", name, call=lambda: meshes.read_mesh(tmp_path / "b.glb"))
     assert capfd.readouterr() == ("", "")

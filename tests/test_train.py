@@ -184,12 +184,15 @@ LAUNCH = """
 import functools, os, sys, torch
 sys.path.insert(0, sys.argv.pop(1))
 torch.set_num_threads(1)
+import torch._dynamo as dynamo
 torch.compile = functools.partial(torch.compile, backend="eager")     # what counts is the wrapper
+dynamo.config.error_on_recompile = True
 import train
 kept, inner = [], train.update_ema
 train.update_ema = lambda ema, *rest: (kept.append(ema), inner(ema, *rest))
 where = sys.argv[sys.argv.index("--out") + 1]
 train.main(sys.argv[1:])
+assert not dynamo.utils.counters["graph_break"]
 torch.save(kept[-1].state_dict(), os.path.join(where, f"rank{train.RANK}.pt"))
 """
 CONTINUE = ["--steps", 4, "--log-every", 1, "--save-every", 1, "--keep", 5, "--sample-every", 3]
@@ -226,13 +229,14 @@ def test_two_processes_under_torchrun(alone, base, tmp_path):
 
 def test_two_processes_with_another_local_rank_and_compile(alone, base, tmp_path):
     """LOCAL_RANK does not choose the data, all ranks have the same average, and keys have no wrapper's
-    prefix."""
+    prefix. Compiled, with micro-batches and recomputed blocks, there is one graph for all steps."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     out, launch = tmp_path / "run", tmp_path / "launch.py"
     launch.write_text(LAUNCH)
-    words = [launch, ROOT, *TINY, *CONTINUE, "--resume", base, "--out", out, "--compile"]
+    words = [launch, ROOT, *TINY, *CONTINUE, "--resume", base, "--out", out, "--compile", "--accumulate", 2,
+             "--grad-checkpoint"]
     ranks = [start(words, RANK=str(rank), LOCAL_RANK=str(1 - rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                    MASTER_PORT=str(port)) for rank in (0, 1)]
     for process in ranks:
@@ -644,7 +648,7 @@ def test_what_is_said_before_a_run_starts(tmp_path, capsys, monkeypatch):
     trained(out, "--steps", 30, "--warmup", 0, "--resume", "auto")
     assert re.search(r"learning rate jumps from 0.00075 to 0.00\d+ ", capsys.readouterr().out)
     monkeypatch.setattr(torch, "compile", lambda f: (_ for _ in ()).throw(RuntimeError("no g++\nfound")))
-    with pytest.raises(ValueError, match="torch.compile: no g.. found; --no-compile trains without it"):
+    with pytest.raises(ValueError, match="torch.compile: no g.. found; --no-compile does without it"):
         trained(tmp_path / "compiled", "--steps", 1, "--compile")
     with pytest.raises(ValueError, match="torchrun"):
         train.settings(["--local-rank", "0"])

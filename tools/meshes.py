@@ -13,12 +13,14 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -29,7 +31,11 @@ from tools.pack import CORES, in_parallel
 from toys import SPLITS, Solids, on_surface
 
 GREY = 200                      # of a triangle without a colour
-POLYGON = re.compile(r"(?m)^f(?: +\S+){4,} *$")
+# Extensions of glTF that may be required; and those without which what is used is another surface.
+DECODED = re.compile("KHR_(materials_|lights_|texture_transform|mesh_quantization)|EXT_texture_webp")
+UNDECODED = re.compile("compression|instancing")
+TRIANGLE, NORMALS = re.compile(r"f( +[1-9][\d/]*){3} *$"), re.compile(r"(\d/\d*)/-?\d*")
+FLIP = np.array([1, -1])        # trimesh's v points up, glTF's down
 
 def read_mesh(path):
     """The surface in a file, in its own units: triangles float64 (T,3,3), colours uint8 (T,3) or None."""
@@ -71,34 +77,50 @@ def colours_of(mesh):
         colours = texels * colours if gltf else texels         # an OBJ's Kd is often black beside its texture
     corners = visual.vertex_attributes.get("color")
     if corners is not None:
-        largest = 1 if corners.dtype.kind == "f" else np.iinfo(corners.dtype).max
-        colours = colours * corners[faces, :3].mean(1) / largest
+        colours = colours * as_bytes(corners)[faces, :3].mean(1) / 255
     return (255 * colours).round().astype(np.uint8)
 
-def first_corners(points, polygons):
-    """Of polygons, lists of places in points, the first corner whose fan faces one way, and so fills also a
-    concave one. trimesh makes fans from corner 0."""
-    points, first = np.array(points, float), np.zeros(len(polygons), int)
-    for n in {len(polygon) for polygon in polygons} - {0, 1, 2, 3}:
-        left = np.array([i for i, polygon in enumerate(polygons) if len(polygon) == n])
-        table = np.zeros((len(polygons), n), int)
-        table[left] = [polygons[i] for i in left]
-        while len(left):
-            turned = (np.arange(n) + first[left, None]) % n
-            fan = points[np.take_along_axis(table[left], turned, 1)]                         # (F,n,3)
-            normal = np.cross(fan[:, 1:-1] - fan[:, :1], fan[:, 2:] - fan[:, :1])
-            along = (normal * normal.sum(1, keepdims=True)).sum(2)
-            left = left[(along < -1e-9 * abs(along).max(1, keepdims=True)).any(1)]
-            first[left] += 1
-            if first.max() == n:
-                raise ValueError("found a concave face that no fan of triangles fills")
-    return first
+def as_bytes(colours):
+    """uint8, of whole numbers of 8 or 16 bits, or of others up to 1, or to 255 where one is above 1."""
+    colours = np.asarray(colours)
+    if colours.dtype in (np.uint8, np.uint16):
+        largest = np.iinfo(colours.dtype).max
+    else:
+        largest = 255 if colours.max(initial=0) > 1 else 1
+    return (255 * (colours / largest).clip(0, 1)).round().astype(np.uint8)
 
 def fans(points, polygons):
-    """Polygons as triangles (T,3), and the polygon of each (T,)."""
-    turned = [[*polygon[k:], *polygon[:k]] for polygon, k in zip(polygons, first_corners(points, polygons))]
-    owner = [i for i, polygon in enumerate(turned) for _ in polygon[2:]]
-    return [(polygon[0], *edge) for polygon in turned for edge in zip(polygon[1:], polygon[2:])], owner
+    """Polygons, lists of places in points, as triangles (T,3), and the polygon of each (T,). A fan starts at
+    the first corner from which it faces one way, and so fills also a concave polygon."""
+    sizes = np.array([len(polygon) for polygon in polygons], int)
+    triangles, owner = [np.zeros((0, 3), int)], [np.zeros(0, int)]
+    for n in {*sizes.tolist()} - {0, 1, 2}:
+        left = np.flatnonzero(sizes == n)
+        table = np.array([polygons[i] for i in left], int)
+        for _ in range(n):
+            fan = np.stack([np.repeat(table[:, :1], n - 2, 1), table[:, 1:-1], table[:, 2:]], 2)   # (F,n-2,3)
+            a, b, c = np.moveaxis(points[fan], 2, 0)
+            normal = np.cross(b - a, c - a)
+            along = (normal * normal.sum(1, keepdims=True)).sum(2)
+            turned = (along < -1e-9 * abs(along).max(1, keepdims=True)).any(1)
+            triangles.append(fan[~turned].reshape(-1, 3))
+            owner.append(np.repeat(left[~turned], n - 2))
+            left, table = left[turned], np.roll(table[turned], -1, 1)
+        if len(left):
+            raise ValueError("found a concave face that no fan of triangles fills")
+    owner = np.concatenate(owner)
+    order = np.argsort(owner, kind="stable")
+    return np.concatenate(triangles)[order], owner[order]
+
+def painted(points, polygons, of_points, of_faces):
+    """The one part of a file of polygons, with colours of points or faces, in any numbers."""
+    import trimesh
+    points = np.asarray(points, float)
+    triangles, owner = fans(points, polygons)
+    of_points = None if of_points is None else as_bytes(of_points)
+    of_faces = None if of_faces is None else as_bytes(of_faces)[owner]
+    mesh = trimesh.Trimesh(points, triangles, vertex_colors=of_points, face_colors=of_faces, process=False)
+    return [(mesh, np.eye(4))]
 
 class Files(dict):
     """What trimesh reads by name: what is put here, else a file in FOLDER or ../ (ShapeNet's textures)."""
@@ -118,46 +140,76 @@ def by_trimesh(path, content=None, kind=None, files=None):
     parts = [(scene.geometry[name], matrix) for matrix, name in placed]
     return [part for part in parts if hasattr(part[0], "faces")]
 
+def plain(path):
+    """Text without marks of its order, tabs, continued lines and comments; a name may hold a #."""
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    text = re.sub(r"\r\n?", "\n", re.sub(r"\\\r?\n|\t", " ", text))
+    return re.sub("(?m)^#.*", "", re.sub(" #.*", "", re.sub("(?m)^ +", "", text)))
+
 def read_obj(path):
-    """trimesh is given one library, no comments, tabs or continued lines, and polygons from `first_corners`.
-    It counts places back from the last point of all."""
-    text = re.sub(r"\\\r?\n|[\t\r]", " ", path.read_text("utf-8", "surrogateescape"))
-    text = re.sub(r"(?m)^ +|^ *#.*|^( *(?:v|vt|vn|f) [^#\n]*)#.*", r"\1", text)    # names may hold a #
-    lines = re.findall(r"(?m)^mtllib +(.*\S)", text)
-    names = [path.parent / name for line in lines for name in dict.fromkeys((line, *line.split()))]
-    library = b"\n".join(name.read_bytes() for name in names if name.is_file())
-    files = Files(FOLDER=path.parent, LIBRARY=re.sub(rb"(?m)^(\s*K\w\s[^#\n]*)#.*", rb"\1", library))
-    text = "mtllib LIBRARY\n" + re.sub("(?m)^mtllib .*", "", text)
-    if text.rfind("\nv ") > text.find("\nf ") and re.search("(?m)^f .*-", text):
-        raise ValueError("found faces that count back from the last point so far, with points after them")
-    polygons = [polygon.split()[1:] for polygon in POLYGON.findall(text)]
-    if polygons:
-        points = np.array(re.findall(r"(?m)^v +(\S+) +(\S+) +(\S+)", text), float)
-        numbers = [[int(corner.split("/")[0]) for corner in polygon] for polygon in polygons]
-        first = first_corners(points, [[k - (k > 0) for k in polygon] for polygon in numbers])
-        turned = iter([" ".join(["f", *polygon[k:], *polygon[:k]]) for polygon, k in zip(polygons, first)])
-        text = POLYGON.sub(lambda _: next(turned), text)
+    """trimesh is given one library, without options of textures, and what `triangulated` leaves."""
+    text = plain(path)
+    lines = re.findall("(?m)^mtllib +(.*)", text)
+    names = [path.parent / name.replace("\\", "/") for line in lines
+             for name in dict.fromkeys((line, *line.split()))]
+    library = "\n".join(plain(name) for name in names if name.is_file())
+    library = re.sub(r"(?im)^(map_kd)( +-[a-z]+( +(on|off|-?[\d.]+))+)+(?= )", r"\1", library)
+    text = "mtllib LIBRARY\n" + triangulated(re.sub("(?m)^mtllib .*", "", text))
+    files = Files(FOLDER=path.parent, LIBRARY=library.encode("utf-8", "replace"))
     return by_trimesh(path, text.encode("utf-8", "replace"), "obj", files)
+
+def triangulated(text):
+    """An OBJ with faces of three corners POINT/PLACE, counted from the first, and colours up to 1."""
+    lines, points, places, corners, polygons = text.split("\n"), {}, 0, [], {}
+    for i, line in enumerate(lines):
+        if line.startswith("v "):
+            points[i] = line.split()[1:]
+        elif line.startswith("vt "):
+            places += 1
+        elif line.startswith("f "):
+            lines[i] = line = NORMALS.sub(r"\1", line)
+            if not TRIANGLE.match(line):
+                numbers = [[int(k) for k in corner.split("/") if k] for corner in line.split()[1:]]
+                ends = len(points) + 1, places + 1
+                polygons[i] = list(range(len(corners), len(corners) + len(numbers)))
+                corners += [[k + end * (k < 0) for k, end in zip(corner, ends)] for corner in numbers]
+    colours = [row[3:6] for row in points.values() if len(row) == 6]
+    if np.array(colours, float).max(initial=0) > 1:
+        for i, row in points.items():
+            lines[i] = " ".join(["v", *row[:3], *(str(float(x) / 255) for x in row[3:6])])
+    if polygons:
+        at = np.array([corner[0] for corner in corners]) - 1
+        if at.min() < 0:
+            raise ValueError("found a face of a point before the first")
+        words = ["/".join(map(str, corner)) for corner in corners]
+        table, faces = np.array([row[:3] for row in points.values()], float)[at], list(polygons)
+        for i in faces:
+            lines[i] = ""
+        triangles, owner = fans(table, list(polygons.values()))
+        for (a, b, c), k in zip(triangles.tolist(), owner.tolist()):
+            lines[faces[k]] += f"f {words[a]} {words[b]} {words[c]}\n"
+    return "\n".join(lines)
 
 def read_off(path):
     """Without trimesh, which drops its colours. ModelNet's counts follow the word OFF without a space."""
-    import trimesh
-    lines = path.read_text("latin-1").split("\n")
-    rows = [row for row in (line.split("#")[0].split() for line in lines) if row]
-    kind, _, rest = rows[0][0].upper().partition("OFF")
+    rows = [row for row in map(str.split, plain(path).split("\n")) if row]
+    kind, word, rest = rows[0][0].upper().partition("OFF")
+    if not word or set(kind) - set("STCN"):
+        raise ValueError(f"found {rows[0][0]}")
     counts = [rest, *rows[0][1:]] if rest or rows[0][1:] else rows.pop(1)
     n_points, n_faces = [int(count) for count in counts if count][:2]
     points, faces = rows[1:1 + n_points], rows[1 + n_points:1 + n_points + n_faces]
-    corners = np.array([row[:3] for row in points], float)
-    triangles, owner = fans(corners, [[int(word) for word in row[1:1 + int(row[0])]] for row in faces])
-    mesh = trimesh.Trimesh(corners, triangles, process=False)
-    of_faces = [row[1 + int(row[0]):][:3] for row in faces]
-    of_points = [row[6:9] if "N" in kind else row[3:6] for row in points if "C" in kind]
-    of_faces = [of_faces[i] for i in owner]
-    for words, attribute in ((of_points, "vertex_colors"), (of_faces, "face_colors")):
-        if words and min(map(len, words)) == 3:                # whole numbers up to 255, or decimals up to 1
-            setattr(mesh.visual, attribute, np.array(words, float if "." in str(words) else np.uint8))
-    return [(mesh, np.eye(4))]
+    sizes = [int(row[0]) for row in faces]
+    if len(faces) < n_faces or any(len(row) <= size for row, size in zip(faces, sizes)):
+        raise ValueError(f"found fewer than {n_faces} whole faces")
+    polygons = [[int(word) for word in row[1:1 + size]] for row, size in zip(faces, sizes)]
+    of_faces = [row[1 + size:][:3] for row, size in zip(faces, sizes)]
+    at = 6 if "N" in kind else 3
+    of_points = [row[at:at + 3] for row in points if "C" in kind or not kind]
+    whole = [set(map(len, words)) == {3} for words in (of_points, of_faces)]
+    pairs = zip((of_points, of_faces), whole)
+    colours = [np.array(words, float) if three else None for words, three in pairs]
+    return painted([row[:3] for row in points], polygons, *colours)
 
 def read_ply(path):
     try:
@@ -165,14 +217,43 @@ def read_ply(path):
     except ValueError as error:
         raise ValueError(f"{error} Of a binary .ply trimesh reads faces of one size: triangles") from None
     if not parts:
-        raise ValueError("found points without faces")
+        raise ValueError("found points without faces; strips are not read")
     mesh = parts[0][0]
-    face = mesh.metadata["_ply_raw"]["face"]["data"]
-    names = face if isinstance(face, dict) else face.dtype.names
-    polygons = face["vertex_index" if "vertex_index" in names else "vertex_indices"]
-    polygons = polygons["f1"] if polygons.dtype.names else polygons
-    if mesh.visual.kind != "texture" and first_corners(mesh.vertices, polygons).any():
-        mesh.faces = fans(mesh.vertices, polygons)[0]
+    vertex, face = (mesh.metadata["_ply_raw"][name] for name in ("vertex", "face"))
+    polygons = face["data"][next(name for name in face["properties"] if name.startswith("vertex_ind"))]
+    whole = len(polygons) == face["length"]
+    if polygons.dtype.names:
+        whole, polygons = whole and (polygons["f0"] == polygons["f1"].shape[1]).all(), polygons["f1"]
+    if not whole:
+        raise ValueError("found fewer faces than its head says, or of several sizes in a binary .ply")
+    if mesh.visual.kind == "texture" and colours_of(mesh) is not None:
+        return parts
+    points = np.column_stack([vertex["data"][axis] for axis in "xyz"])
+    return painted(points, polygons, ply_colours(vertex), ply_colours(face))
+
+def ply_colours(element):
+    for names in (("red", "green", "blue"), ("diffuse_red", "diffuse_green", "diffuse_blue"), "rgb"):
+        if all(name in element["properties"] for name in names):
+            return np.column_stack([element["data"][name] for name in names])
+
+def read_stl(path):
+    """Names of solids go, since trimesh takes words in them for its own. Colours of a binary file are
+    of 5 bits: red first where the highest bit is set (VisCAM), or last where not, with COLOR= (Magics)."""
+    content = path.read_bytes()
+    if len(content) != 84 + 50 * int.from_bytes(content[80:84], "little"):
+        text = re.sub(r"(?im)^\s*(end)?solid.*", r"\1solid", content.decode("latin-1").replace("\r", "\n"))
+        parts = by_trimesh(path, text.encode())
+        if sum(len(mesh.faces) for mesh, _ in parts) != text.lower().count("endfacet"):
+            raise ValueError("found a solid without an end")
+        return parts
+    parts = by_trimesh(path, content)
+    _, magics, own = content[:80].partition(b"COLOR=")
+    for mesh, _ in parts:
+        marks = mesh.face_attributes["stl"].astype(int)[:, None]
+        colours = as_bytes((marks >> ([0, 5, 10] if magics else [10, 5, 0]) & 31) / 31)
+        if magics or (marks >> 15).any():
+            other = list(own[:3]) if magics else 3 * [GREY]
+            mesh.visual.face_colors = np.where((marks >> 15 == 1) == bool(magics), other, colours)
     return parts
 
 def read_gltf(path):
@@ -182,20 +263,63 @@ def read_gltf(path):
         end = 20 + int.from_bytes(content[12:16], "little")
         content, files["BUFFER"] = content[20:end], content[end + 8:]
     tree = json.loads(content)
-    needs = tree.get("extensionsRequired", tree.get("extensionsUsed", []))
-    if "compression" in " ".join(needs):
-        raise ValueError(f"found {', '.join(needs)}, which is not decoded here")
-    for buffer in tree.get("buffers", []):
-        buffer.setdefault("uri", "BUFFER")
+    needed = [name for name in tree.get("extensionsRequired", []) if not DECODED.match(name)]
+    unread = [*needed, *(name for name in tree.get("extensionsUsed", []) if UNDECODED.search(name))]
+    if unread:
+        raise ValueError(f"found {', '.join(dict.fromkeys(unread))}, which is not decoded here")
+    for item in tree.get("buffers", []) + [image for image in tree.get("images", []) if "uri" in image]:
+        item["uri"] = unquote(item.get("uri", "BUFFER"))
+    for node in tree.get("nodes", []):
+        node.pop("camera", None)                               # trimesh would lose what hangs on it
+    materials = [*tree.get("materials", []), {}]               # the last of colours without a material
+    for k, material in enumerate(materials):
+        glossy = material.get("extensions", {}).pop("KHR_materials_pbrSpecularGlossiness", None)
+        if glossy is not None:                                 # trimesh would add the gloss to the colour
+            names = dict(diffuseFactor="baseColorFactor", diffuseTexture="baseColorTexture")
+            material["pbrMetallicRoughness"] = {names[k]: glossy[k] for k in names if k in glossy}
+        material["name"] = str(k)
+    tree["materials"] = materials
     for mesh in tree.get("meshes", []):
         mesh["primitives"] = [part for part in mesh["primitives"] if "POSITION" in part["attributes"]]
-        for attributes in (part["attributes"] for part in mesh["primitives"]):
-            used = [attributes[name] for name in ("POSITION", "TEXCOORD_0") if name in attributes]
-            if any(tree["accessors"][k].get("normalized") for k in used):
-                raise ValueError("found normalised integers, which trimesh does not scale")
-    return by_trimesh(path, json.dumps(tree).encode(), "gltf", files)
+        for part in mesh["primitives"]:
+            prepare(part, tree)
+    parts = by_trimesh(path, json.dumps(tree).encode(), "gltf", files)
+    for mesh in {id(mesh): mesh for mesh, _ in parts}.values():
+        if mesh.visual.kind == "texture" and mesh.visual.uv is not None:
+            move = texture_of(materials[int(mesh.visual.material.name)])[1]
+            mesh.visual.uv = moved(mesh.visual.uv * FLIP + (0, 1), move) * FLIP + (0, 1)
+    return parts
 
-READERS = {".obj": read_obj, ".off": read_off, ".ply": read_ply, ".stl": by_trimesh, ".glb": read_gltf,
+def texture_of(material):
+    """Which places it takes, and its KHR_texture_transform."""
+    texture = material.get("pbrMetallicRoughness", {}).get("baseColorTexture", {})
+    move = texture.get("extensions", {}).get("KHR_texture_transform", {})
+    return move.get("texCoord", texture.get("texCoord", 0)), move
+
+def moved(places, move):
+    """glTF's places, v downwards; turned as three.js does, since the extension's text has both ways."""
+    cos, sin = math.cos(move.get("rotation", 0)), math.sin(move.get("rotation", 0))
+    return move.get("scale", [1, 1]) * places @ [[cos, -sin], [sin, cos]] + move.get("offset", [0, 0])
+
+def prepare(part, tree):
+    """A primitive whose places are TEXCOORD_0; ValueError for what trimesh would leave out without a word."""
+    attributes = part["attributes"]
+    if "COLOR_0" in attributes:
+        part.setdefault("material", len(tree["materials"]) - 1)
+    if "material" in part:
+        places = f"TEXCOORD_{texture_of(tree['materials'][part['material']])[0]}"
+        if places in attributes:
+            attributes["TEXCOORD_0"] = attributes[places]
+    names = [name for name in ("POSITION", "TEXCOORD_0", "COLOR_0") if name in attributes]
+    used = [tree["accessors"][attributes[name]] for name in names]
+    if part.get("mode") == 6:
+        raise ValueError("found a fan of triangles, which trimesh does not read")
+    if any("sparse" in table or "bufferView" not in table for table in used):
+        raise ValueError("found a sparse accessor, which trimesh does not read")
+    if any(table.get("normalized") for name, table in zip(names, used) if name != "COLOR_0"):
+        raise ValueError("found normalised integers, which trimesh does not scale")
+
+READERS = {".obj": read_obj, ".off": read_off, ".ply": read_ply, ".stl": read_stl, ".glb": read_gltf,
            ".gltf": read_gltf}
 
 # ---- Jobs: (source, split, class, name) of every surface; source is a file, or (split, i) of the solids ---

@@ -72,8 +72,6 @@ def fill(source, path, manifest, workers):
     done, shape = manifest["done"], (len(source), source.res, source.res, 3)
     with reading(path, f"uint8 {shape}"):
         images = np.lib.format.open_memmap(path, "r+" if done else "w+", np.uint8, shape)
-        if images.shape != shape:
-            raise ValueError(f"found {images.shape}")
     if hasattr(os, "posix_fallocate"):                     # a map that fills the disk would kill this process
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

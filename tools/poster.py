@@ -8,7 +8,6 @@ place (0..1 from the upper left corner) instead, each 4 times finer, with the fr
 import argparse
 import hashlib
 import json
-import math
 import struct
 import sys
 import zlib
@@ -29,10 +28,9 @@ def pixels(model, setting, index, box, size):
     return Image.fromarray(sample.to_pixels(x[0], box[3] - box[1], box[2] - box[0]))
 
 def poster(model, setting, index, path, rows=None):
-    """One image in bands of `rows` rows (default: as many as BAND allows, in 64s), streamed into
-    path."""
+    """One image in bands of `rows` rows (default: as many as BAND allows), streamed into path."""
     (height, width), parts = setting["size"], Path(f"{path}.parts")
-    rows = rows or max(1, BAND // width // 64 * 64 or BAND // width)
+    rows = rows or max(1, BAND // width)
     bands = [(0, y, width, min(y + rows, height)) for y in range(0, height, rows)]
     files = [parts / f"{y0:09d}.png" for _, y0, _, _ in bands]
     parts.mkdir(parents=True, exist_ok=True)
@@ -44,9 +42,6 @@ def poster(model, setting, index, path, rows=None):
     sample.wait_for_all()
     if sample.RANK == 0:
         sample.write_atomic(path, lambda f: stream_png(f, width, height, map(Image.open, files)))
-        shrink = 2 ** max(0, math.ceil(math.log2(max(height, width) / 1024)))      # divides a band's rows
-        small = np.concatenate([np.asarray(Image.open(file).reduce(shrink)) for file in files])
-        sample.write_png(path.with_name(path.stem + "-preview.png"), Image.fromarray(small))
         for file in files:
             file.unlink()
         parts.rmdir()
@@ -83,8 +78,7 @@ def zoom(model, setting, index, path, at, views=4, finer=4):
     sample.write_png(path, sample.grid_image(pictures, columns=views))
 
 def corner(at, size, height, width):
-    """The upper left corner of the box of this height and width that lies around `at` in an image of that
-    size."""
+    """Upper left corner of a box of this height and width around `at` in an image of that size."""
     rows = zip(at, size[::-1], (width, height))
     return [min(max(round(share * big - side / 2), 0), big - side) for share, big, side in rows]
 
