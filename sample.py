@@ -205,7 +205,6 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
         part = [place // stride * stride for place in part[:2]]
         part += [min(end, -(-stop // stride) * stride + 1) for stop, end in zip(wanted[2:], size[::-1])]
         grid = part[3] - part[1], part[2] - part[0], stride
-
     samples = torch.tensor([*indices], device=model.device)
 
     def draw_noise(purpose, step, count=None, items=None):
@@ -215,8 +214,8 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
         parts = [draw_noise("context", step, N)]
         if coupled:
             cells = max(1, round(cfg.res / noise_length))
-            grid = draw_noise("field", step, cells ** 2).unflatten(1, (cells, cells))
-            parts.append(smooth(grid, size, part))
+            white = draw_noise("field", step, cells ** 2).unflatten(1, (cells, cells))
+            parts.append(smooth(white, size, part))
         elif apart:
             parts.append(draw_noise("query", step, items=numbers(size, part, model.device)))
         return torch.cat(parts, 1)

@@ -155,7 +155,6 @@ def test_fdd_is_of_resized_images_and_of_vit_l(monkeypatch):
     """If FDD's images were not 224 x 224, its features no class tokens, or another network were used."""
     class Small(torch.nn.Module):
         registers, blocks, norm = 0, range(24), torch.nn.LayerNorm(1024)
-
         def forward(self, x, which):
             return x.float().mean((1, 2)) * (which == "class") * x.shape[2]
     monkeypatch.setattr(evaluate.dinov2, "load", lambda path: Small())

@@ -311,7 +311,8 @@ def prepare(part, tree):
         if places in attributes:
             attributes["TEXCOORD_0"] = attributes[places]
     names = [name for name in ("POSITION", "TEXCOORD_0", "COLOR_0") if name in attributes]
-    used = [tree["accessors"][attributes[name]] for name in names]
+    numbers = [*(attributes[name] for name in names), *([part["indices"]] if "indices" in part else [])]
+    used = [tree["accessors"][k] for k in numbers]
     if part.get("mode") == 6:
         raise ValueError("found a fan of triangles, which trimesh does not read")
     if any("sparse" in table or "bufferView" not in table for table in used):

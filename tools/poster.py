@@ -108,7 +108,7 @@ def main(argv=None):
         raise ValueError(f"{checkpoint['path']}: draws point clouds; expected a model of images")
     model.to(sample.start_processes(args.device, "gloo"))
     size, options = sample.parse_size(args.res, model.cfg), {"steps": args.steps} if args.steps else {}
-    setting = sample.resolve(model.cfg, checkpoint, size, seed=args.seed, classes=args.classes,
+    setting = sample.resolve(model.cfg, checkpoint, size=size, seed=args.seed, classes=args.classes,
                              guidance=args.guidance, solver=args.solver, options=options, dtype=args.dtype)
     out = Path(args.out or checkpoint["home"].parent / "posters")
     out.mkdir(parents=True, exist_ok=True)
