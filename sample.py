@@ -314,12 +314,12 @@ WISHES = dict(size=None, crop=None, seed=0, classes=(), tokens=None, guidance=No
               solver=None, options={}, dtype="auto", noise="white", noise_length=4.0, refine=0.0)
 AT_ONCE = 2 ** 20         # queries of a batch: their state and noise are some 100 MB
 
-def resolve(cfg, checkpoint, **wishes):
+def resolve(cfg, checkpoint, size=None, **wishes):
     """The whole setting of some samples as JSON values: wishes that are not None, over the recipe's defaults,
     over WISHES."""
     config, image = checkpoint["config"], cfg.domain == "image"
     names, recipe = config["class_names"], config["sampling"]
-    given = {name: wish for name, wish in wishes.items() if wish is not None}
+    given = {name: wish for name, wish in dict(wishes, size=size).items() if wish is not None}
     setting = WISHES | {name: value for name, value in recipe.items() if name in WISHES} | given
     if not given.keys() <= WISHES.keys():
         raise TypeError(f"{given}: expected {', '.join(WISHES)}")
@@ -733,7 +733,7 @@ def parser():
     flag("--npz", action="store_true", help="also samples.npz, as ADM: arr_0 uint8 (n,H,W,3), arr_1 labels")
     flag("--batch", type=positive, help="samples at a time (default: by resolution)")
     flag("--chunk", type=positive, help="queries decoded at a time (default: 4096 on the CPU, else 65536)")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: pays for many samples on a GPU")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: for many samples on a GPU")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
     return p

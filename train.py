@@ -107,7 +107,7 @@ FLAGS = {
     "device": ("auto", str, "auto, cpu, cuda or cuda:N"),
     "dtype": ("auto", ("auto", "float32", "bfloat16"), "auto: bfloat16 autocast where the processor has it"),
     "compile": (None, bool, "torch.compile (default: on CUDA)"),
-    "accumulate": (1, positive, "micro-batches of one process and step"),
+    "accumulate": (None, positive, "micro-batches of one process and step (default: as few as fit a GPU)"),
     "grad_checkpoint": (False, bool, "recompute blocks in the backward pass: less memory, more time"),
     "workers": (None, natural, "data processes of each process (default: 4 on CUDA; on a CPU 1 for files)"),
     "deterministic": (False, bool, "the same bits in every run on one machine; no timings in log.jsonl"),
@@ -230,10 +230,11 @@ def main(argv=None):
     workers = args.workers
     if workers is None:    # on a CPU a data process takes time from training, and pays where files are read
         workers = 4 if device.type == "cuda" else int(args.loader in ("folder", "shapenet", "objaverse"))
-    micro, left_out = args.batch_size // WORLD // args.accumulate, {} if args.skip_bad else None
+    coords = image_coords(cfg.res, device=device) if cfg.domain == "image" else None
+    pieces = args.accumulate or fewest(args.batch_size // WORLD, fits, model, coords, dataset, args, device)
+    micro, left_out = args.batch_size // WORLD // pieces, {} if args.skip_bad else None
     batches = data.loader(dataset, args.seed, step, args.batch_size, micro, RANK, WORLD, workers,
                           pin=device.type == "cuda", skip_bad=left_out)
-    coords = image_coords(cfg.res, device=device) if cfg.domain == "image" else None
     signals, fault, stop, row = [], None, False, []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -259,17 +260,17 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
         try:
-            parts = [next(batches) for _ in range(args.accumulate)]
+            parts = [next(batches) for _ in range(pieces)]
         except ValueError as e:                            # an item; the weights are those of this step
             if WORLD > 1:
                 raise
             fault, stop = e, True
             continue
-        for i, part in enumerate(parts, RANK * args.accumulate):
+        for i, part in enumerate(parts, RANK * pieces):
             with net.no_sync() if WORLD > 1 and part is not parts[-1] else nullcontext():
                 loss = micro_loss(net, coords, part, step, range(i * micro, (i + 1) * micro), args, device)
                 # 0 * inf: a loss that is not finite leaves no gradient finite, in any process
-                (loss / args.accumulate).backward(1 + 0 * loss.detach())
+                (loss / pieces).backward(1 + 0 * loss.detach())
             sums[0] += loss.detach().nan_to_num(0, 0, 0)
             sums[1] += loss.detach().isfinite()
         norm = update(model, ema, optimizer, step, args)
@@ -326,9 +327,9 @@ def configure(args, processes, **changes):
     N = cfg.res ** 2 if cfg.domain == "image" else cfg.points
     if args.decode > N:
         raise ValueError(f"--decode {args.decode}: expected at most {N}, the pairs of a training sample")
-    if args.batch_size % (processes * args.accumulate):
+    if args.batch_size % (processes * (args.accumulate or 1)):
         raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {processes} processes x "
-                         f"{args.accumulate} micro-batches (--accumulate)")
+                         f"{args.accumulate or 1} micro-batches (--accumulate)")
     return cfg
 
 def start(args, cfg, ckpt, dataset, device):
@@ -344,8 +345,7 @@ def start(args, cfg, ckpt, dataset, device):
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
     classes, size = len(dataset.class_names), sum(p.numel() for p in model.parameters()) / 1e6
     print0(f"{args.dataset}: {len(dataset)} items, {getattr(dataset, 'about', f'{classes} classes')}; "
-           f"{args.model}, {size:.1f}M parameters, on {device}; batch {args.batch_size} = {WORLD} processes "
-           f"x {args.accumulate} micro-batches x {args.batch_size // WORLD // args.accumulate}; {args.out}")
+           f"{args.model}, {size:.1f}M parameters, on {device}; {args.out}")
     if not ckpt:
         return model, ema, optimizer, 0
     file, before, steps = ckpt["path"], ckpt["config"], [ckpt["step"]] * WORLD
@@ -393,6 +393,36 @@ def wrap(model, args, device):
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     return net
+
+def fewest(items, fits, *task):
+    """How many micro-batches a process's share of a step is cut into: as few as let every process fit it."""
+    for pieces in (n for n in range(1, items + 1) if items % n == 0):
+        enough = torch.tensor(float(fits(items // pieces, *task)), device=task[-1])
+        if WORLD > 1:
+            dist.all_reduce(enough, dist.ReduceOp.MIN)
+        if enough or pieces == items:
+            print0(f"a step: {WORLD} processes x {pieces} micro-batches x {items // pieces} items")
+            return pieces
+
+def fits(n, model, coords, dataset, args, device):
+    """Whether n items, and the optimizer's state to come, take at most nine tenths of the GPU: it is tried."""
+    if device.type != "cuda":
+        return True
+    cfg, images = model.cfg, model.cfg.domain == "image"
+    values = torch.zeros(n, cfg.res ** 2 if images else cfg.points, 3)
+    batch = [values, torch.zeros(n, dtype=torch.long)]
+    if cfg.token_dim:
+        batch.append(torch.zeros(n, dataset.n_tokens, cfg.token_dim))
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        micro_loss(model, coords, batch, 0, range(n), args, device).backward()
+        state = 12 * sum(p.numel() for p in model.parameters())       # two moments, and DDP's gradients
+        return torch.cuda.max_memory_allocated(device) + state < 0.9 * torch.cuda.mem_get_info(device)[1]
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad()
+        torch.cuda.empty_cache()
 
 def describe(args, cfg, dataset):
     """What config.json and every checkpoint say of a run."""

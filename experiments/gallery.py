@@ -1,6 +1,6 @@
 """The pictures of README.md and docs/, drawn by the shipped models: python experiments/gallery.py [NAME ...]
 
-resolutions: one seed at 32, 128, 512 and 2048 pixels, below them the same eighth of the side, each pixel shown
+resolutions: one seed at 32, 128, 512 and 2048 pixels, below them the same eighth of the side
 letters, emoji: samples 0 to 35 at the training resolution, and emoji at 4 times it
 solids: samples 0 to 6 of 512 points; dense: samples 0 to 3 of 20,000 points
 zoom: four views into a letter, each 4 times finer than the one before

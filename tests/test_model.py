@@ -340,7 +340,7 @@ def test_bfloat16_autocast_stays_close(variant):
 
 @pytest.mark.parametrize("name", asft.PRESETS)
 def test_attention_gets_what_the_flash_kernel_takes(name, monkeypatch):
-    """bfloat16, heads of at most 128 that 8 divides, numbers of a head side by side, as without gradients on a
+    """bfloat16, heads of at most 128 that 8 divides, numbers of a head side by side: without gradients on a
     CPU, which is the way of a GPU. Fake tensors: a build without CUDA has no fake GPU."""
     seen, inner = [], F.scaled_dot_product_attention
 

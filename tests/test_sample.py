@@ -162,7 +162,11 @@ def test_guidance_has_an_interval():
     """Outside of it the conditional pass runs alone, at half the price."""
     net, label, x, seen = small(n_classes=3), torch.tensor([1]), torch.ones(1, 1024, 3), []
     inner = net.encode
-    net.encode = lambda context, values, t, *rest: seen.append(len(t)) or inner(context, values, t, *rest)
+
+    def counted(context, values, t, *rest):
+        seen.append(len(t))
+        return inner(context, values, t, *rest)
+    net.encode = counted
     coords = asft.image_coords(32)
     always, never = (sample.Velocity(net, coords, 1024, label, guidance=g) for g in (3.0, 1.0))
     v = sample.Velocity(net, coords, 1024, label, guidance=3.0, interval=(0.2, 0.6))

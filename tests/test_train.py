@@ -224,7 +224,7 @@ def test_two_processes_under_torchrun(alone, base, tmp_path):
     said, _ = finished(start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
                               ROOT / "train.py",
                               *TINY, *CONTINUE, "--resume", base, "--out", out, "--accumulate", 2]))
-    assert said.count("resumed at step 1") == 1 and "8 = 2 processes x 2 micro-batches x 2" in said
+    assert said.count("resumed at step 1") == 1 and "2 micro-batches" not in said
     agrees(out, alone)
 
 def test_two_processes_with_another_local_rank_and_compile(alone, base, tmp_path):
@@ -621,6 +621,13 @@ def test_boards_are_told_what_the_log_says(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install"):
         trained(tmp_path / "other", "--steps", 1, "--tensorboard")
+
+def test_a_step_is_cut_as_little_as_memory_asks_for(capsys):
+    """The fewest equal micro-batches that fit; single items where nothing does. The CPU always fits."""
+    for most, pieces in ((64, 1), (63, 2), (5, 16), (0, 64)):
+        assert train.fewest(64, lambda n, device: n <= most, "cpu") == pieces
+        assert f"{pieces} micro-batches x {64 // pieces} items" in capsys.readouterr().out
+    assert train.fits(10 ** 9, None, None, None, None, torch.device("cpu"))
 
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
     """If a step waited for the disk: the write ends only after a later step has begun."""

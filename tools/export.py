@@ -1,7 +1,7 @@
 """A checkpoint to give away, as in weights/: python tools/export.py RUN FILE.pt
 
-Averaged weights alone, in bfloat16, without optimizer and without the paths of the run. sample.py, evaluate.py
-and train.py --init take it as any checkpoint; to resume needs the whole one.
+Averaged weights alone, in bfloat16, without optimizer and without the paths of the run. sample.py,
+evaluate.py and train.py --init take it as any checkpoint; to resume needs the whole one.
 """
 import argparse
 import sys

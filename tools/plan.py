@@ -62,6 +62,7 @@ def activation_bytes(cfg, decoded, batch, grad_checkpoint=False):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--gpus", type=positive, default=8, help="default: 8")
+    p.add_argument("--memory", type=float, default=80, help="of a GPU, in GB (default: 80)")
     p.add_argument("--utilisation", type=float, default=0.4, help="share of an H100's peak (default: 0.4)")
     own, rest = p.parse_known_args(argv)
     if not 0 < own.utilisation <= 1:
@@ -74,13 +75,17 @@ def main(argv=None):
     cfg, again = train.configure(args, own.gpus, **{name: size}), args.grad_checkpoint
     flops, parameters = forward_flops(cfg, args.decode)
     total = (4 if again else 3) * args.batch_size * args.steps * flops           # backward: twice the forward
-    micro, rate = args.batch_size // (own.gpus * args.accumulate), own.gpus * H100_FLOPS * own.utilisation
-    state, activations = STATE * parameters, activation_bytes(cfg, args.decode, micro, again)
+    rate, state, share = own.gpus * H100_FLOPS * own.utilisation, STATE * parameters, args.batch_size // own.gpus
+    for pieces in (n for n in range(args.accumulate or 1, share + 1) if share % n == 0):
+        micro = share // pieces
+        activations = activation_bytes(cfg, args.decode, micro, again)
+        if args.accumulate or state + activations < 0.9e9 * own.memory:              # as train.py chooses
+            break
     print(f"""{args.dataset}: {name} {size}, {args.decode} pairs decoded
 model {model:8} {parameters / 1e6:.1f}M parameters without class embeddings
 FLOPs          {flops / 1e9:.1f} GFLOP forward a sample, {total / 1e18:.4g} EFLOP in all
 steps          {args.steps:,} of {args.batch_size} samples, {args.steps * args.batch_size / 1e6:,.1f}M samples
-memory a GPU   {state / 1e9:.1f} GB state + {activations / 1e9:.1f} GB activations of {micro} samples
+memory a GPU   {state / 1e9:.1f} GB state + {activations / 1e9:.1f} GB activations of {micro} samples, {pieces} micro-batches
 time           {total / rate / 86400:,.1f} days on {own.gpus} H100 at {own.utilisation:g} of 989 TFLOP/s""")
 
 if __name__ == "__main__":
