@@ -9,10 +9,10 @@
 | shapenet  | points | tree of .npy, shapenet.hdf5, LION's ref_val_*.pt   | none, or its categories    |
 | objaverse | points | .npz per object: xyz and cond_token                | none; has condition tokens |
 
-In order: reading files; the data sets; load; the order of a run. B batch, R image side, P points. An item is
+In order: reading files, the data sets, load, the order of a run. B batch, R image side, P points. An item is
 uint8 (R,R,3), or float32 (P,3) in units of the object's own box; the class label; perhaps tokens (T,C). Item
-(i, rng) depends on its arguments alone, and batch s of a run on (dataset, seed, s) alone: neither resuming
-nor another number of processes changes what is read.
+(i, rng) and batch s of (dataset, seed, s) depend on these alone: neither resuming nor another number of
+processes changes what is read.
 """
 import atexit
 import contextlib
@@ -22,39 +22,41 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import warnings
 import zipfile
+from importlib import import_module
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-SPLITS = "train", "val", "test", "valid", "validation"
-# synset -> category of ShapeNetCore v2, in the names of PointFlow's datasets.py
-CATEGORIES = {
-    "02691156": "airplane", "02747177": "can", "02773838": "bag", "02801938": "basket", "02808440": "bathtub",
-    "02818832": "bed", "02828884": "bench", "02843684": "birdhouse", "02871439": "bookshelf",
-    "02876657": "bottle", "02880940": "bowl", "02924116": "bus", "02933112": "cabinet", "02942699": "camera",
-    "02946921": "tin_can", "02954340": "cap", "02958343": "car", "02992529": "cellphone", "03001627": "chair",
-    "03046257": "clock", "03085013": "keyboard", "03207941": "dishwasher", "03211117": "monitor",
-    "03261776": "earphone", "03325088": "faucet", "03337140": "file", "03467517": "guitar",
-    "03513137": "helmet", "03593526": "jar", "03624134": "knife", "03636649": "lamp", "03642806": "laptop",
-    "03691459": "speaker", "03710193": "mailbox", "03759954": "microphone", "03761084": "microwave",
-    "03790512": "motorcycle", "03797390": "mug", "03928116": "piano", "03938244": "pillow",
-    "03948459": "pistol", "03991062": "pot", "04004475": "printer", "04074963": "remote_control",
-    "04090263": "rifle", "04099429": "rocket", "04225987": "skateboard", "04256520": "sofa",
-    "04330267": "stove", "04379243": "table", "04401088": "telephone", "04460130": "tower",
-    "04468005": "train", "04530566": "vessel", "04554684": "washer",
-}
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".webp", ".gif", ".tif", ".tiff",
-              ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga"}
+# Directories of splits: Train, train2017, training_set, ILSVRC2012_img_val, testA
+SPLIT = re.compile(r"(?:.*[-_])?(train|val|test)(?:ing|id|idation)?[-_]?(?:set|images|lmdb|[ab]|\d+)?", re.I)
+# No classes are LSUN's b/f/8/bf8b45.webp, hashes (ab/abcd01.png), NVIDIA's 00012/img00012345.png, FFHQ's
+# 12000/12345.png
+STORED = re.compile(r"/((?:[\da-f]/){3,}[^/]+|(\d{5})/img\2\d{3}\.\w+|(\d\d)000/\3\d{3}\.\w+"
+                    r"|([\da-f]{1,2})/(?:[\da-f]{2}/)?\4[\da-f]{14,}\.\w+)$", re.I)
+NO_IMAGE = re.compile(r"__.*|labels?\W.*|.*\.(json|txt|cls)|[^\d.]*")       # keys: length, label-01, __keys__
+# ShapeNetCore v2: synsets, each with its category in the names of PointFlow's datasets.py
+CATEGORIES = dict(re.findall(r"(\d+)\s+(\w+)", """
+    02691156 airplane 02747177 can 02773838 bag 02801938 basket 02808440 bathtub 02818832 bed 02828884 bench
+    02843684 birdhouse 02871439 bookshelf 02876657 bottle 02880940 bowl 02924116 bus 02933112 cabinet 02942699
+    camera 02946921 tin_can 02954340 cap 02958343 car 02992529 cellphone 03001627 chair 03046257 clock
+    03085013 keyboard 03207941 dishwasher 03211117 monitor 03261776 earphone 03325088 faucet 03337140 file
+    03467517 guitar 03513137 helmet 03593526 jar 03624134 knife 03636649 lamp 03642806 laptop 03691459 speaker
+    03710193 mailbox 03759954 microphone 03761084 microwave 03790512 motorcycle 03797390 mug 03928116 piano
+    03938244 pillow 03948459 pistol 03991062 pot 04004475 printer 04074963 remote_control 04090263 rifle
+    04099429 rocket 04225987 skateboard 04256520 sofa 04330267 stove 04379243 table 04401088 telephone
+    04460130 tower 04468005 train 04530566 vessel 04554684 washer"""))
+EXTENSIONS = {"." + suffix for suffix in
+              "jpg jpeg jpe jfif png apng bmp webp gif tif tiff ppm pgm pbm pnm jp2 avif tga".split()}
 # No others, whatever a file is called: Pillow gives EPS to a program.
 FORMATS = "JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA"
 
 # ---- Reading files -------------------------------------------------------------------------------------
-
 @contextlib.contextmanager
 def reading(path, expected):
     """Whatever a reader raises becomes a ValueError of one line: path, what was found, what was expected."""
@@ -87,71 +89,65 @@ def archive(path):
         os.register_at_fork(before=archive.cache_clear)
     if path.lower().endswith(".zip"):
         opened = zipfile.ZipFile(path)
-        if "dataset.json" in opened.namelist() and json.loads(opened.read("dataset.json")).get("labels"):
-            raise ValueError("found dataset.json, by which NVIDIA's dataset_tool.py numbers classes")
-        names = [name for name in opened.namelist() if os.path.splitext(name)[1].lower() in EXTENSIONS]
-        names = [f"{path}/{name}" for name in names if "/." not in f"/{name}" and "__MACOSX/" not in name]
+        names = [f"{path}/{name}" for name in opened.namelist() if not re.search(r"(^|/)(\.|__MACOSX)", name)]
+        names = [name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
         return sorted(names), lambda file: opened.read(file[len(path) + 1:])
     import lmdb
-    single = os.path.isfile(path)
+    base = path if os.path.isfile(path) else os.path.join(path, "data.mdb")
     # without its lock file, which a shared file system may refuse
-    opened = lmdb.open(path, subdir=not single, readonly=True, lock=False, readahead=False, meminit=False)
-    size = os.path.getsize(path if single else os.path.join(path, "data.mdb"))
+    opened = lmdb.open(base, subdir=False, readonly=True, lock=False, readahead=False, meminit=False)
     wanted = (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]
-    if size < wanted:                  # it is memory-mapped: to read on would end the process
-        raise ValueError(f"found {size} of its {wanted} bytes")
+    if os.path.getsize(base) < wanted:     # it is memory-mapped: to read on would end the process
+        raise ValueError(f"found {os.path.getsize(base)} of its {wanted} bytes")
     view = opened.begin()
     names = [key.decode("latin-1") for key in view.cursor().iternext(values=False)]
-    names = [f"{path}/{name}" for name in names if name != "length" and not name.startswith("__")]
+    names = [f"{path}/{name}" for name in names if not NO_IMAGE.fullmatch(name)]
     return names, lambda file: view.get(file[len(path) + 1:].encode("latin-1"))
 
-def read_arrays(path):
-    """Images, labels and label names in an .npz, or as tools/pack.py wrote them; None for what is missing."""
-    if not os.path.isdir(path):
-        arrays = dict(np.load(path, allow_pickle=False))
-        if not {"images", "arr_0"} & arrays.keys():
-            raise ValueError(f"found {', '.join(arrays) or 'nothing'}")
-        images, labels = (arrays.get(a, arrays.get(b)) for a, b in (("images", "arr_0"), ("labels", "arr_1")))
-        return images, labels, arrays.get("label_names")
-    with open(os.path.join(path, "manifest.json"), encoding="utf-8") as file:
-        manifest = json.load(file)
-    if manifest["done"] != manifest["count"] or not manifest["sha256"]:
-        raise ValueError(f"found {manifest['done']} of {manifest['count']} images: pack it again, it goes on")
-    images = np.load(os.path.join(path, "images.npy"), mmap_mode="r", allow_pickle=False)
-    return images, np.array(manifest["labels"]), manifest["class_names"]
+def read_file(path):
+    with open(path, "rb") as file:
+        return file.read()
 
 def find_shapes(path, split):
     """{synset: its clouds of a split, as .npy files or arrays}."""
-    if path.endswith((".pt", ".pth")):
+    (stem, suffix), shapes = os.path.splitext(path), {}
+    if suffix.lower() in (".pt", ".pth"):
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():       # torch looks at no checksum
+            raise ValueError("found another checksum than it was written with")
         lion = torch.load(path, map_location="cpu", weights_only=True)
         clouds = (lion["ref"] * lion["std"] + lion["mean"]).float().numpy()
-        return {os.path.splitext(path)[0].rpartition("ref_val_")[2]: clouds if split == "val" else []}
-    if path.endswith((".hdf5", ".h5")):
+        return {stem.rpartition("ref_val_")[2]: clouds if split == "val" else []}
+    if suffix.lower() in (".hdf5", ".h5"):
         import h5py
         with h5py.File(path) as file:      # ModelNet's holds arrays, which have no splits
             return {name: getattr(group, "get", {}.get)(split, [])[:] for name, group in file.items()}
-    inner = os.path.join(path, "ShapeNetCore.v2.PC15k")
-    path = inner if os.path.isdir(inner) else path
-    folders = {name: os.path.join(path, name, split) for name in os.listdir(path)}
-    return {name: find_files(folder, {".npy"}) for name, folder in folders.items() if os.path.isdir(folder)}
+    for file in find_files(path, {".npy"}):
+        name, part = ["", *file.split("/")][-3:-1]
+        if split_of(part) == split:
+            shapes.setdefault(name, []).append(file)
+    return shapes
 
-def read_image(path, read=None):
-    """An image as its owner sees it, RGB: upright, first frame, transparency on white, 16 bits scaled to 8.
-
-    read(path) gives the bytes of a file in an archive.
-    """
+def read_image(path, read=read_file):
+    """An image as its owner sees it, RGB: upright, first frame, transparency on white, 16 bits as 8."""
     with reading(path, f"an image ({', '.join(FORMATS)})"), warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # of damaged EXIF, of large images
         PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26    # profiles exceed 1 MB
         Image.init()
-        known = [name for name in FORMATS if name in Image.OPEN]
-        with Image.open(io.BytesIO(read(path)) if read else path, formats=known) as file:
-            clear, bits = file.info.get("transparency"), file.tile and file.tile[0][3]
-            if clear is not None and bits in ("L;2", "L;4"):    # Pillow scales the pixels to 8 bits, not this
-                file.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[bits]
-            elif clear is not None and bits == "RGB;16B":
-                file.info["transparency"] = tuple(channel >> 8 for channel in clear)
-            image = ImageOps.exif_transpose(file)
+        content, known = read(path), [name for name in FORMATS if name in Image.OPEN]
+        if content[:4] == b"\x89PNG":        # checksums of pixels too, and which text or profile is bad
+            PngImagePlugin.PngImageFile(io.BytesIO(content)).verify()
+        try:
+            image = Image.open(io.BytesIO(content), formats=known)
+        except Image.UnidentifiedImageError:
+            raise ValueError(f"cannot identify what begins with {content[:8]}") from None
+        clear, bits = image.info.get("transparency"), image.tile and image.tile[0][3]
+        image.load()
+        if clear is not None and bits in ("L;2", "L;4"):    # Pillow scales the pixels to 8 bits, not this
+            image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[bits]
+        elif clear is not None and bits == "RGB;16B":
+            image.info["transparency"] = tuple(channel >> 8 for channel in clear)
+        with contextlib.suppress(SyntaxError):              # a damaged EXIF turns nothing
+            image = ImageOps.exif_transpose(image)
         if image.mode == "F":
             raise ValueError("found floating-point pixels, which have no known range")
         if image.mode.startswith("I"):                      # convert would clip; 65535 / 257 = 255
@@ -180,21 +176,22 @@ def read_cloud(path, dtype=np.float32):
     with reading(path, "a .npy or .ply of floats (n,3)"):
         if os.fspath(path).lower().endswith(".ply"):
             import trimesh
-            cloud = np.asarray(trimesh.load(path, process=False).vertices)
+            cloud = np.asarray(getattr(trimesh.load(path, process=False), "vertices", ()))
+            count = int((re.search(rb"element\s+vertex\s+(\d+)", read_file(path)) or "00")[1])
+            if not 0 < count == len(cloud):            # trimesh reads a text that was cut
+                raise ValueError(f"found {len(cloud)} of {count} points")
         else:
             cloud = np.load(path, mmap_mode="r", allow_pickle=False)
-        if cloud.dtype.kind != "f" or cloud.ndim != 2 or cloud.shape[1] != 3:
+        if cloud.dtype.kind != "f" or cloud.shape[1:] != (3,) or not len(cloud):
             raise ValueError(f"found {cloud.dtype} {cloud.shape}")
         return np.asarray(cloud, dtype)
 
 def normalise(points, least=1):
-    """(points - centre) / scale with centre and scale of the bounding box: its longest side spans [-1,1].
-
-    points (n,3), n >= least -> float32 (n,3), centre float64 (3,), scale; back: points * scale + centre.
-    """
-    points = np.asarray(points, np.float64)
-    if points.ndim != 2 or points.shape[1] != 3 or len(points) < least:
-        raise ValueError(f"found points {points.shape}")
+    """(points - centre) / scale, whose box has the longest side [-1,1], float32 (n,3); centre (3,); scale."""
+    points = np.asarray(points)
+    if points.dtype.kind != "f" or points.shape[1:] != (3,) or len(points) < least:
+        raise ValueError(f"found points {points.dtype} {points.shape}")
+    points = points.astype(np.float64)
     low, high = points.min(0), points.max(0)
     centre, scale = (low + high) / 2, float((high - low).max() / 2)
     if not 0 < scale < np.inf:         # NaN fails too
@@ -202,40 +199,94 @@ def normalise(points, least=1):
     return ((points - centre) / scale).astype(np.float32), centre, scale
 
 # ---- Data sets -----------------------------------------------------------------------------------------
+def split_of(directory):
+    match = SPLIT.fullmatch(directory)
+    return match and match[1].lower()
+
+def choose_split(ways, wanted):
+    """Which files are of a split, the directories left on their ways to them, and a line that says so. Splits
+    are the first directories that differ (x/train/...), or those below (airplane/train/...)."""
+    shared = os.path.commonprefix(ways)
+    start = next((k for k, name in enumerate(shared) if split_of(name)), len(shared))
+    for depth in (start, start + 1):
+        names = sorted({"".join(way[depth:depth + 1]) for way in ways})
+        splits = [split_of(name) for name in names]
+        if None not in splits:
+            if splits.count(wanted) != 1:
+                among = listed(names) or "no file"
+                raise ValueError(f"found {among}, not one of split {wanted}: try a deeper --data")
+            mine = names[splits.index(wanted)]
+            chosen = [i for i, way in enumerate(ways) if way[depth] == mine]
+            left = [ways[i][start:depth] + ways[i][depth + 1:] for i in chosen]
+            if depth > start and len({"".join(way[1:2]) for way in left}) > 1:
+                raise ValueError(f"found classes above or in {listed(names)}: try a deeper --data")
+            return chosen, left, f"split {mine} (of {listed(names)}); "
+        found = [name for name in names if split_of(name)]
+        deeper = any(way[depth] in found for way in ways if len(way) > depth + 1)
+        if deeper or found and "" in names or len({*splits}) > 2:       # else train may be a class
+            raise ValueError(f"found {listed(found)} beside others: try a deeper --data")
+    return range(len(ways)), ways, ""
+
+def listed(names):
+    return ", ".join([*map(str, names[:3]), "..."][:len(names)])
 
 class Folder:
-    """Several directories with images are the classes, sorted by name, so that ImageNet's get ADM's numbers;
-    images that lie flat, or in one directory, have none. Of directories train, val, ... one is read: `split`,
-    by default train. With res=None images keep their sizes."""
+    """Several directories are the classes, sorted by name, so that ImageNet's get ADM's numbers; one is none.
+    NVIDIA's dataset.json goes before. Of train, val, ... `split` is read, by default train. With res=None
+    images keep their sizes."""
     domain = "image"
     needs = "images, flat or in a directory per class (train/nXXXXXXXX/*.JPEG), perhaps in a .zip or lmdb"
 
     def __init__(self, path, res=None, flip=False, labels=True, split=None):
-        self.path, self.res, self.flip, wanted = os.path.join(path, "")[:-1], res, flip, split or "train"
+        self.path, self.res, self.flip = os.path.join(path, "")[:-1], res, flip
         with reading(path, self.needs):
             self.archived = os.path.isfile(path) or os.path.isfile(os.path.join(path, "data.mdb"))
             files = archive(self.path)[0] if self.archived else find_files(self.path, EXTENSIONS)
-            folders = ways = [file[len(self.path) + 1:].split("/")[:-1] or [""] for file in files]
-            while len({way[0] for way in ways}) == 1 and ways[0][0].lower() not in ("", *SPLITS):
-                ways = [way[1:] or [""] for way in ways]   # ImageNet from Kaggle: ILSVRC/Data/CLS-LOC/train
-            splits = {way[0].lower() for way in ways}
-            if splits <= {*SPLITS} and wanted in splits:
-                files = [file for file, way in zip(files, ways) if way[0].lower() == wanted]
-                folders = [way[1:] or [""] for way in ways if way[0].lower() == wanted]
-            elif split or not files:
-                raise ValueError(f"found no image of split {wanted} in {sorted(splits)[:5]}")
-            classes = sorted({folder[0] for folder in folders} - {""}) if labels else []
-            if len(classes) > 1 and [""] in folders:
-                raise ValueError(f"found {files[folders.index([''])]} beside class directories")
-        self.files, self.class_names = files, classes if len(classes) > 1 else []
-        number = {name: label for label, name in enumerate(self.class_names)}
-        self.labels = [number.get(folder[0], 0) for folder in folders]
+            ways = [STORED.sub("/", file[len(self.path):]).split("/")[1:-1] for file in files]
+            chosen, left, self.taken = choose_split(ways, split or "train")
+            if split and not self.taken:
+                raise ValueError(f"found no image of split {split}")
+            self.files, ways = [files[i] for i in chosen], [ways[i] for i in chosen]
+            marks = self.marks(ways, left) if labels else None
+        names, numbers = np.unique(marks or ["" for _ in self.files], return_inverse=True)
+        self.class_names = [*map(str, names)] if len(names) > 1 else []
+        self.labels = numbers.tolist()
+
+    def marks(self, ways, left):
+        """What tells the class of each file: its number in dataset.json, or a directory; None: no classes."""
+        folder = "/".join((self.path, *os.path.commonprefix(ways)))
+        try:
+            table = dict(json.loads(self.content(f"{folder}/dataset.json"))["labels"] or {})
+        except (KeyError, FileNotFoundError, TypeError):               # there is none, or it has no labels
+            table = None
+        except ValueError as error:
+            raise ValueError(f"found dataset.json ({error}): try --no-labels") from None
+        if table is not None:
+            marks = [table.get(file[len(folder) + 1:]) for file in self.files]
+            if table and {*map(type, marks)} != {int}:
+                raise ValueError("found dataset.json without a whole number for each image: try --no-labels")
+            return marks if table else None
+        shared = len(os.path.commonprefix(left))
+        marks = ["".join(way[shared:shared + 1]) for way in left]
+        odd = [mark for mark in marks if mark.lower() in ("", "images", "image", "imgs", "img", "jpegimages")]
+        if {*marks} <= {max(marks), ""}:
+            return None
+        if odd:
+            file = self.files[marks.index(odd[0])]
+            raise ValueError(f"found {file} beside class directories: try --no-labels, or a deeper --data")
+        for entry in os.scandir(folder) if not self.archived else ():
+            if entry.is_dir() and not entry.name.startswith(".") and not os.listdir(entry):
+                raise ValueError(f"found {entry.path} empty: remove it, or try --no-labels")
+        return marks
+
+    def content(self, file):
+        return (archive(self.path)[1] if self.archived else read_file)(file)
 
     def __len__(self):
         return len(self.files)
 
     def image(self, i):
-        return read_image(self.files[i], archive(self.path)[1] if self.archived else None)
+        return read_image(self.files[i], self.content)
 
     def item(self, i, rng=None):
         pixels = fit(self.image(i), self.res) if self.res else np.array(self.image(i))
@@ -246,24 +297,36 @@ class Folder:
 class Arrays(Folder):
     """An .npz, in memory, or what tools/pack.py wrote, memory-mapped. Unnamed classes are the labels."""
     needs = ("an .npz of `images` (or arr_0) uint8 (N,H,W) or (N,H,W,3), H = W without --res, perhaps "
-             "`labels` (N,) and `label_names` (K,), or a directory that tools/pack.py wrote")
+             "`labels` (N,) and `label_names` (K,), or a directory that tools/pack.py wrote with this --res")
 
     def __init__(self, path, res=None, flip=False, labels=True):
         with reading(path, self.needs):
-            images, numbers, names = read_arrays(path)
-            known = images.dtype == np.uint8 and images.ndim > 2 and images.shape[3:] in ((), (1,), (3,))
-            if not known or not images.size or not res and images.shape[1] != images.shape[2]:
-                raise ValueError(f"found `images` {images.dtype} {images.shape}, --res {res}")
-            if os.path.isdir(path) and res not in (None, images.shape[1]):
-                raise ValueError(f"found images packed at {images.shape[1]}, --res {res}")
+            packed = os.path.isdir(path)
+            if packed:
+                found = json.loads(read_file(os.path.join(path, "manifest.json")))
+                images = np.load(os.path.join(path, "images.npy"), mmap_mode="r", allow_pickle=False)
+                found["images"], found["label_names"] = images, found["class_names"]
+                if found["done"] != found["count"] or not found["sha256"]:
+                    raise ValueError(f"found {found['done']} of {found['count']} images; pack it again")
+            else:
+                found = dict(np.load(path, allow_pickle=False))
+            if not {"images", "arr_0"} & found.keys():
+                raise ValueError(f"found {listed([*found]) or 'nothing'}")
+            images, numbers = found.get("images", found.get("arr_0")), found.get("labels", found.get("arr_1"))
+            names, shape = found.get("label_names"), images.shape
+            grey = len(shape) == 3 and shape[2] > 4        # else one image, (H,W,3)
+            known = images.dtype == np.uint8 and images.size and (grey or shape[3:] in ((1,), (3,)))
+            if not known or not (res in (None, shape[1]) if packed else res or shape[1] == shape[2]):
+                raise ValueError(f"found `images` {images.dtype} {shape}, --res {res}")
             if numbers is None or not labels:
                 numbers, names = np.zeros(len(images), np.int64), []
             elif names is None:
                 names, numbers = np.unique(numbers, return_inverse=True)
-            if numbers.shape != images.shape[:1] or numbers.min() < 0 or numbers.max() >= max(1, len(names)):
+            numbers = np.asarray(numbers)
+            if numbers.shape != shape[:1] or numbers.min() < 0 or numbers.max() >= max(1, len(names)):
                 raise ValueError(f"found {len(images)} images, {numbers.shape} `labels`, {len(names)} names")
-        self.images = images[..., 0] if images.shape[3:] == (1,) else images
-        self.res, self.flip, self.labels = res or images.shape[1], flip, numbers
+        self.images = images[..., 0] if shape[3:] == (1,) else images
+        self.res, self.flip, self.labels = res or shape[1], flip, numbers
         self.class_names, self.files = [*map(str, names)], [f"{path}[{i}]" for i in range(len(images))]
 
     def image(self, i):
@@ -276,17 +339,16 @@ class ShapeNet:
     needs = "<synset>/{train,val,test}/*.npy of floats (n,3), shapenet.hdf5, LION's ref_val_*.pt of split val"
 
     def __init__(self, path, points=2048, split="train", category="all", labels=False):
-        self.points, self.clouds, self.labels = points, [], []
+        self.points, self.taken = points, f"split {split}; "
         with reading(path, self.needs):
             shapes = find_shapes(os.fspath(path), split)
             chosen = [name for name in sorted(shapes) if category in ("all", name, CATEGORIES.get(name))]
-            for label, name in enumerate(chosen):
-                self.clouds += [*shapes[name]]
-                self.labels += [label if labels else 0 for _ in shapes[name]]
+            self.clouds = [cloud for name in chosen for cloud in shapes[name]]
             if not self.clouds:
                 known = ", ".join(CATEGORIES.get(name, name) for name in sorted(shapes))
                 raise ValueError(f"found no cloud of category {category}, split {split} in {known or 'it'}")
         self.class_names = [CATEGORIES.get(name, name) for name in chosen] if labels else []
+        self.labels = [label if labels else 0 for label, name in enumerate(chosen) for _ in shapes[name]]
         self.files = [x if isinstance(x, str) else f"{path}[{i}]" for i, x in enumerate(self.clouds)]
 
     def __len__(self):
@@ -295,8 +357,7 @@ class ShapeNet:
     def read(self, i):
         """All points of object i, normalised, float32 (n,3), and what tokens it has."""
         cloud = self.clouds[i]
-        if isinstance(cloud, str):
-            cloud = read_cloud(cloud, None)
+        cloud = read_cloud(cloud, None) if isinstance(cloud, str) else cloud
         with reading(self.files[i], f"floats (n,3), n >= {self.points}"):
             return [normalise(cloud, self.points)[0]]
 
@@ -319,37 +380,30 @@ class Objaverse(ShapeNet):
     def __init__(self, path, points=16384, split="train"):
         self.points, spec = points, os.path.join(path, "tokens.json")
         with reading(path, self.needs):
-            inner = os.path.join(path, split) if {*os.listdir(path)} & {*SPLITS} else path
-            self.files = find_files(inner, {".npz"})
-            if not self.files:
-                raise ValueError("found no .npz")
+            files = find_files(path, {".npz"})
+            ways = [os.path.relpath(file, path).split("/")[:-1] for file in files]
+            chosen, _, self.taken = choose_split(ways, split)
+            self.files = [files[i] for i in chosen]
             if os.path.exists(spec):
-                with open(spec, encoding="utf-8") as file:
-                    self.spec = json.load(file)
+                self.spec = json.loads(read_file(spec))
         self.labels = [0 for _ in self.files]
         self.shape = self.n_tokens, self.token_dim = self.read(0)[1].shape
 
     def read(self, i):
         with reading(self.files[i], f"{self.needs}, n >= {self.points}, (T,C) = {self.shape or 'any'}"):
             with np.load(self.files[i], allow_pickle=False) as arrays:
-                cloud, tokens = normalise(arrays["xyz"], self.points)[0], np.float32(arrays["cond_token"])
-            if tokens.ndim != 2 or self.shape not in (None, tokens.shape) or not np.isfinite(tokens).all():
-                raise ValueError(f"found `cond_token` {tokens.shape}")
-            return cloud, tokens
+                cloud, tokens = normalise(arrays["xyz"], self.points)[0], arrays["cond_token"]
+            known = tokens.dtype.kind == "f" and tokens.ndim == 2 and self.shape in (None, tokens.shape)
+            if not known or not tokens.size or not np.isfinite(tokens).all():
+                raise ValueError(f"found `cond_token` {tokens.dtype} {tokens.shape}")
+            return cloud, tokens.astype(np.float32)
 
-def glyphs(res=32, split="train"):
-    import toys
-    return toys.Glyphs(res, split)
-
-def solids(points=2048, split="train"):
-    import toys
-    return toys.Solids(points, split)
-
-DATASETS = {"glyphs": glyphs, "solids": solids, "folder": Folder, "npz": Arrays, "shapenet": ShapeNet,
-            "objaverse": Objaverse}
+DATASETS = {"glyphs": lambda res=32, split="train": import_module("toys").Glyphs(res, split),
+            "solids": lambda points=2048, split="train": import_module("toys").Solids(points, split),
+            "folder": Folder, "npz": Arrays, "shapenet": ShapeNet, "objaverse": Objaverse}
 
 def load(name, path=None, **options):
-    """DATASETS[name] with those of the options that it takes; None means its default."""
+    """DATASETS[name] with those options that it takes; `about` tells in a line its splits and classes."""
     if name not in DATASETS:
         raise ValueError(f"--dataset {name}: expected one of {', '.join(DATASETS)}")
     packed = name == "folder" and path and os.path.exists(os.path.join(path, "manifest.json"))
@@ -357,10 +411,12 @@ def load(name, path=None, **options):
     takes = inspect.signature(kind).parameters
     if "path" in takes and not path:
         raise ValueError(f"--dataset {name}: --data is missing; expected {kind.needs}")
-    return kind(**{key: given[key] for key in takes if given.get(key) is not None})
+    dataset = kind(**{key: given[key] for key in takes if given.get(key) is not None})
+    names, split = dataset.class_names, getattr(dataset, "taken", "")
+    dataset.about = split + (f"{len(names)} classes: {listed(names)}" if names else "no classes")
+    return dataset
 
 # ---- The order of a run --------------------------------------------------------------------------------
-
 @functools.lru_cache(maxsize=2)        # workers read ahead over the end of an epoch
 def permutation(n, seed, epoch):
     return np.random.default_rng((103, seed, epoch)).permutation(n).astype(np.int32)    # toys.py has 101, 102
@@ -431,10 +487,3 @@ def decode_values(batch, device):
     """A loader's first tensor as the model's values: uint8 (B,R,R,3) -> float32 (B,R*R,3) in [-1,1]."""
     batch = batch.to(device, non_blocking=True)
     return batch.flatten(1, 2).float() / 127.5 - 1 if batch.dtype == torch.uint8 else batch
-
-if __name__ == "__main__":
-    moved = {name: f"tools/{name}.py" for name in ("pack", "check", "render", "tokens")}
-    moved.update({"sample-meshes": "tools/meshes.py", "stats": "evaluate.py stats"})
-    commands = [moved[word] for word in sys.argv[1:2] if word in moved] or moved.values()
-    print("data.py: now it is python", " or ".join(commands), file=sys.stderr)
-    sys.exit(2)

@@ -5,13 +5,13 @@ import multiprocessing
 import os
 import pathlib
 import pickle
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -123,6 +123,15 @@ LAYOUTS = {                            # files, then the classes and class label
     "split without classes": (["train/1.png", "test/2.png"], "", [0]),
     "train is a class": (["train/1.png", "bus/2.png"], ["bus", "train"], [0, 1]),
     "Kaggle": (["x/y/train/b/1.png", "x/y/train/a/2.png", "x/y/val/3.png", "x/y/test/4.png"], "ab", [0, 1]),
+    "spellings": (["training_set/b/1.png", "training_set/a/2.png", "x_test1/c/3.png"], "ab", [0, 1]),
+    "wrapped": (["train/all/b/1.png", "train/all/a/2.png", "validation/all/c/3.png"], "ab", [0, 1]),
+    "split below": (["a/train/1.png", "a/val/2.png", "b/train/3.png"], "ab", [0, 1]),
+    "LSUN": (["b/f/8/bf83.png", "c/1/1/c112.png"], "", [0, 0]),
+    "digits": (["0/1.png", "1/0.png"], "01", [0, 1]),
+    "LSUN's": (["x/b/f/8/bf83.png", "y/c/1/1/c112.png"], "xy", [0, 1]),
+    "hashes": (["ab/abcdef0123456789.png", "bc/bcdef0123456789a.png"], "", [0, 0]),
+    "NVIDIA": (["00000/img00000999.png", "00001/img00001000.png"], "", [0, 0]),
+    "FFHQ": (["x/00000/00999.png", "x/01000/01000.png"], "", [0, 0]),
 }
 
 @pytest.mark.parametrize("what", LAYOUTS)
@@ -144,7 +153,8 @@ def test_layouts(tmp_path, what):
             for file in folder.files:
                 txn.put(os.path.relpath(file, tmp_path / "set").encode(), pathlib.Path(file).read_bytes())
             txn.put(b"length", b"3")
-            txn.put(b"__keys__", pickle.dumps(names))
+            for key in (b"__keys__", b"num-samples", b"label-000000001", b"0.json"):
+                txn.put(key, pickle.dumps(names))
         inside = data.load("folder", path, res=8)
         assert sorted(items(inside)) == sorted(items(folder))
     for ds in (zipped, inside) if what == "classes" else ():       # forked processes read them anew
@@ -158,17 +168,64 @@ def test_splits_links_and_refusals_of_folders(tmp_path):
     refused(root, "split test", "train", call=lambda: data.Folder(root, 8, split="test"))
     for path in (tmp_path / "none", root / "train"):
         refused(path, "expected images", call=lambda: data.Folder(path, 8, split="val"))
-    with zipfile.ZipFile(tmp_path / "edm.zip", "w") as archive:
-        archive.writestr("dataset.json", json.dumps({"labels": [["00000/img0.png", 3]]}))
-    refused("edm.zip", "dataset.json", call=lambda: data.Folder(tmp_path / "edm.zip", 8))
     fill(tmp_path / "x", "a/1.png", "b/2.png", "3.png")
-    refused("3.png", "beside class", call=lambda: data.Folder(tmp_path / "x", 8))
+    refused("3.png", "beside class", "--no-labels", call=lambda: data.Folder(tmp_path / "x", 8))
     os.remove(tmp_path / "x" / "3.png")
     os.mkfifo(tmp_path / "x" / "pipe.png")
     (tmp_path / "x" / "a" / "loop").symlink_to(tmp_path / "x", target_is_directory=True)
     (tmp_path / "x" / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "x" / "c").symlink_to(root / "val", target_is_directory=True)
     assert data.Folder(tmp_path / "x", 8).labels == [0, 1, 2, 2, 2]
+
+@pytest.mark.parametrize("names,words", [
+    ("train/a/1 train/b/2 3", "train beside others"), ("val/a/1", "found val, not one of split train"),
+    ("train/1 test/2 extra/3", "test, train beside"), ("1 test/2", "test beside"),
+    ("train/a/1 extra/2", "train beside"), ("images/1 masks/1", "--no-labels"), ("trainA/1 trainB/1", "B"),
+    ("a/train/x/1 a/train/y/2 b/val/x/1", "classes above"), ("a/train/1 a/val/2 b/3", "train, val beside")])
+def test_ambiguous_directories_are_refused(tmp_path, names, words):
+    """If held-out images were trained on, or directories of another meaning became classes."""
+    root = fill(tmp_path / "s", *(f"{name}.png" for name in names.split()))
+    refused(words, "--data", call=lambda: data.load("folder", root))
+
+def test_numbers_of_nvidia(tmp_path):
+    """If dataset.json did not go before directories, or were read where it is not one of labels."""
+    names, root = [f"00000/img{i:08d}.png" for i in range(3)], tmp_path / "s"
+    fill(root, *names)
+    for labels, classes, numbers in ((zip(names, [12, 12, 3]), ["3", "12"], [1, 1, 0]), ((), [], [0, 0, 0])):
+        (root / "dataset.json").write_text(json.dumps(dict(labels=[*labels] or None)))
+        for path in (root, shutil.make_archive(tmp_path / f"{len(classes)}", "zip", root), tmp_path):
+            ds = data.load("folder", path, res=8)
+            assert (ds.class_names, ds.labels) == (classes, numbers)
+    assert ds.about == "no classes"
+    for text in ('{"labels": [["x.png", 1]]}', json.dumps(dict(labels={names[0]: 0.5})), "{oops"):
+        (root / "dataset.json").write_text(text)
+        refused("dataset.json", "--no-labels", call=lambda: data.Folder(root))
+        assert data.Folder(root, labels=False).class_names == []
+    fill(root, "a/1.png", "b/2.png")
+    (root / "dataset.json").write_text('{"name": "x"}')
+    assert "beside class" in str(pytest.raises(ValueError, data.Folder, root).value)
+    shutil.rmtree(root / "00000")
+    assert data.Folder(root).class_names == ["a", "b"]
+    (root / "c").mkdir()
+    refused("s/c empty", "--no-labels", call=lambda: data.Folder(root))
+
+def test_about(tmp_path, tree):
+    fill(tmp_path / "s", *(f"Train/{name}/1.png" for name in "abcd"), "val/1.png")
+    said = data.load("folder", tmp_path / "s").about, data.load("shapenet", tree, labels=True).about
+    assert said == ("split Train (of Train, val); 4 classes: a, b, c, ...",
+                    "split train; 3 classes: airplane, chair, table")
+    assert data.load("glyphs").about == "36 classes: A, B, C, ..."
+
+def test_damaged_chunks_of_a_png_are_named(tmp_path):
+    """If a damaged text, profile or row of pixels were read as if it were whole, or called no image."""
+    good = encoded(Image.new("RGB", (8, 8)), "PNG")
+    for kind, content in ((b"iCCP", b"x\0\5bad"), (b"zTXt", b"x\0\3bad"), (b"tEXt", b"a\0b")):
+        check = zlib.crc32(kind + content) ^ (kind == b"tEXt")
+        chunk = len(content).to_bytes(4, "big") + kind + content + check.to_bytes(4, "big")
+        bad = good[:33] + chunk + good[33:]
+        refused(kind.decode(), call=lambda: data.read_image("x.png", lambda path: bad))
+    wrong = good[:50] + bytes([good[50] ^ 1]) + good[51:]
+    refused("IDAT", call=lambda: data.read_image("x.png", lambda path: wrong))
 
 # --- arrays
 
@@ -190,6 +247,7 @@ def test_npz(tmp_path):
         assert grey.class_names == [] and (grey.item(2)[0] == pixels[2, :, :, :1]).all()
     wide = npz(tmp_path / "wide.npz", images=pixels[:, :, :4])
     refused(wide, "6, 4", "--res", call=lambda: data.Arrays(wide))
+    refused("(6, 6, 3)", call=lambda: data.Arrays(npz(tmp_path / "one.npz", images=pixels[0]), 6))
 
 def test_packed_directories_stand_for_their_folder(tmp_path):
     source = data.Folder(fill(tmp_path / "set", "a/1.png", "b/2.png", "b/3.png"), 8)
@@ -200,9 +258,9 @@ def test_packed_directories_stand_for_their_folder(tmp_path):
     packed = data.load("folder", tmp_path / "packed", res=8)
     assert items(packed) == items(source) and packed.class_names == ["a", "b"]
     assert isinstance(packed.images, np.memmap)
-    refused("packed at 8", "--res 16", call=lambda: data.load("folder", tmp_path / "packed", res=16))
+    refused("(3, 8, 8, 3)", "--res 16", call=lambda: data.load("folder", tmp_path / "packed", res=16))
     (tmp_path / "packed" / "manifest.json").write_text(json.dumps(dict(manifest, done=1)))
-    refused("packed", "1 of 3 images", "it goes on", call=lambda: data.load("folder", tmp_path / "packed"))
+    refused("packed", "1 of 3 images", "pack it again", call=lambda: data.load("folder", tmp_path / "packed"))
 
 # --- point clouds
 
@@ -242,12 +300,12 @@ def test_shapenet(tree):
 def test_shapenet_in_one_file(tree, tmp_path):
     """If the hdf5 form, or LION's reference file, gave other clouds than the tree."""
     h5py = pytest.importorskip("h5py")
-    with h5py.File(tmp_path / "s.hdf5", "w") as file:
+    with h5py.File(tmp_path / "s.HDF5", "w") as file:
         for part in tree.glob("*/*"):
             clouds = [np.load(path) for path in data.find_files(part, {".npy"})]
             file.create_dataset(f"{part.parent.name}/{part.name}", data=np.stack(clouds))
     for options in (dict(), dict(split="test"), dict(category="chair"), dict(labels=True)):
-        a, b = (data.load("shapenet", path, points=16, **options) for path in (tree, tmp_path / "s.hdf5"))
+        a, b = (data.load("shapenet", path, points=16, **options) for path in (tree, tmp_path / "s.HDF5"))
         assert items(a) == items(b) and items(a, 7) == items(b, 7) and a.class_names == b.class_names
     with h5py.File(tmp_path / "modelnet.h5", "w") as file:
         file["data"], file["label"] = np.zeros((2, 9, 3)), [0, 1]
@@ -258,6 +316,9 @@ def test_shapenet_in_one_file(tree, tmp_path):
     assert all(np.allclose(lion.item(i)[0], data.normalise(x[i].numpy())[0][:16], atol=1e-5) for i in (0, 1))
     refused("split train", call=lambda: data.load("shapenet", path))
     refused("category car", "chair", call=lambda: data.load("shapenet", path, split="val", category="car"))
+    raw = path.read_bytes()
+    path.write_bytes(raw[:len(raw) // 2] + bytes(8) + raw[len(raw) // 2 + 8:])
+    refused("checksum", call=lambda: data.ShapeNet(path, 9, "val"))
     torch.save(Bomb(), path)
     refused(path, "LION", call=lambda: data.ShapeNet(path, 9, "val"))
 
@@ -271,6 +332,10 @@ def test_objaverse(tmp_path):
     assert len(data.load("objaverse", root, points=64, split="val")) == 1
     assert (plain.item(0, np.random.default_rng(1))[2] == tokens).all()
     assert plain.item(0)[2].dtype == np.float32
+    (root / "val").rename(root / "Val")
+    (root / "train").rename(root / "Train")
+    assert len(data.load("objaverse", root.parent, points=64)) == 2
+    (root / "Train").rename(root / "train")
     (root / "tokens.json").write_text(json.dumps(dict(views=2)))
     ds, kinds = data.load("objaverse", root, points=64), []
     for k in range(200):
@@ -290,6 +355,10 @@ def test_ply(tmp_path):
     points = RNG.normal(size=(9, 3)).astype(np.float32)[[0, 1, 2, 2, 3]]              # one of them twice
     (tmp_path / "a.PLY").write_bytes(trimesh.PointCloud(points).export(file_type="ply"))
     assert (data.read_cloud(tmp_path / "a.PLY") == points).all()
+    head = "property float x\nproperty float y\nproperty float z\nend_header\n"
+    for count, rows, found in ((3, "1 2 3\n4 5 6\n", "2 of 3"), (0, "", "found 0 of 0 points")):
+        (tmp_path / "b.ply").write_text(f"ply\nformat ascii 1.0\nelement vertex {count}\n{head}{rows}")
+        refused("b.ply", found, call=lambda: data.read_cloud(tmp_path / "b.ply"))
 
 # --- order of a run
 
@@ -390,7 +459,7 @@ def test_signals_to_workers():
     time.sleep(0.3)
     refused("a data process was killed", "--workers", call=lambda: [None for _ in batches])
 
-# --- by name, alone, and what moved
+# --- by name, and alone
 
 def test_load_and_decode(tmp_path, tree):
     assert data.load("solids", points=9, res=5, flip=True, split="test").points == 9
@@ -411,12 +480,3 @@ def test_the_file_works_alone_and_does_nothing_when_imported(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-@pytest.mark.parametrize("old,new", [("pack", "tools/pack.py"), ("sample-meshes", "tools/meshes.py"),
-                                     ("stats", "evaluate.py stats"), ("", "tools/pack.py or tools/check.py")])
-def test_old_commands_name_the_new(monkeypatch, capsys, old, new):
-    monkeypatch.setattr(sys, "argv", ["data.py", old, "a", "b"])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
-    said = capsys.readouterr().err
-    assert said.startswith(f"data.py: now it is python {new}") and said.count("\n") == 1

@@ -16,24 +16,27 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Arrays, Folder, Objaverse, ShapeNet, find_files
+from data import Arrays, Folder, Objaverse, ShapeNet, find_files, split_of
 from metrics.weights import sha256
 from sample import natural, positive, run_main
 from tools.pack import CORES, in_parallel
 
 def datasets(path):
     """What is in a path: [(split, dataset), ...]."""
-    if path.suffix == ".npz" or (path / "manifest.json").exists():
+    suffix = path.suffix.lower()
+    if suffix == ".npz" or (path / "manifest.json").exists():
         return [("", Arrays(path))]
-    if path.is_dir() and find_files(path, {".npz"}):
-        splits = [split for split in ("train", "val", "test") if (path / split).is_dir()] or ["train"]
-        return [(split, Objaverse(path, 1, split)) for split in splits]
-    splits = [split for split in ("train", "val", "test") if any(path.glob(f"**/{split}/*.npy"))]
-    if path.suffix in (".hdf5", ".h5", ".pt", ".pth"):
-        splits = ["val"] if path.suffix.startswith(".p") else ["train", "val", "test"]
+    files = find_files(path, {".npz", ".npy"}) if path.is_dir() else []
+    found = {split_of(part) for file in files for part in Path(file).relative_to(path).parts[:-1]}
+    splits = [split for split in ("train", "val", "test") if split in found]
+    if any(file.lower().endswith(".npz") for file in files):
+        return [(split, Objaverse(path, 1, split)) for split in splits or ["train"]]
+    if suffix in (".hdf5", ".h5", ".pt", ".pth"):
+        splits = ["val"] if suffix.startswith(".p") else ["train", "val", "test"]
     if splits:
         return [(split, ShapeNet(path, 1, split, labels=True)) for split in splits]
-    return [("", Folder(path))]
+    folder = Folder(path)
+    return [(folder.taken.partition(" (")[0].removeprefix("split "), folder)]
 
 def look(items, k):
     """SHA-256 and size of an item."""
