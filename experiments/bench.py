@@ -17,7 +17,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import scipy.linalg  # noqa: E402
@@ -32,28 +33,24 @@ import data  # noqa: E402
 import model as asft  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from tools import pack  # noqa: E402
 import toys  # noqa: E402
 from metrics import clouds, frechet  # noqa: E402
+from tools import pack  # noqa: E402
 
-def row(name, ours, theirs, goal, rounds=5, note=""):
+def row(name, ours, theirs, goal, rounds=5):
     """Prints the medians of ours() and theirs(), each seconds for the same amount of work, taken in turn, and
     their ratio; returns the first."""
     pairs = [(ours(), theirs()) for _ in range(rounds)]
     a, b = (statistics.median(column) for column in zip(*pairs))
-    report(name, a, b, goal, note)
+    print(f"{name:<52} {a:>9.4f} s {b:>9.4f} s {b / a:>7.2f} x   {goal:<8}", flush=True)
     return a
 
-def report(name, a, b, goal, note=""):
-    print(f"{name:<52} {a:>9.4f} s {b:>9.4f} s {b / a:>7.2f} x   {goal:<8} {note}", flush=True)
-
-def timed(function):
-    """A function that runs another and returns the seconds per unit of the work that it reports having
-    done."""
+def timed(work, *args, **options):
+    """A function that runs work(...) and returns the seconds per unit of what it reports having done."""
     def run():
         started = time.perf_counter()
-        units = function()
-        return (time.perf_counter() - started) / units
+        units = work(*args, **options)
+        return (time.perf_counter() - started) / (units or 1)
     return run
 
 class PlainEncoder(asft.SpatialEncoder):
@@ -120,67 +117,52 @@ def peak(dtype, n=2048):
     return 2 * n ** 3 / min(times)
 
 def step():
-    """Training step (forward and backward) of image B at 256 x 256, 8,192 decoded, batch 2; seconds per
-    step."""
+    """Training step (forward, backward) of image B at 256 x 256, 8,192 decoded, batch 2; seconds a step."""
     ours, plain = model_pair("B", n_classes=1000)
     N, B, M = 256 ** 2, 2, 8192
     coords, x0 = asft.image_coords(256), torch.rand(B, N, 3) * 2 - 1
     eps, t = torch.randn(B, N, 3), torch.rand(B)
     query = torch.stack([torch.randperm(N)[:M] for _ in range(B)])
-    # backward: two products for each of forward
-    flops = 3 * B * asft.forward_flops(ours.cfg, M)[0]
-    for dtype in (torch.float32, torch.bfloat16):
+    flops = 3 * B * asft.forward_flops(ours.cfg, M)[0]     # backward: two products for each of forward
+    for name, goal, least in (("float32", ">= 1.6", 0.65), ("bfloat16", "-", 0.45)):
         peaks, losses = [], {}
 
         def once(model):
-            def run():
-                with sample.autocast(torch.device("cpu"), str(dtype).removeprefix("torch."), "float32"):
-                    losses[model] = asft.cicfm_loss(model, coords, x0, eps, t, query,
-                                                    label=torch.tensor([1, 2]))
-                losses[model].backward()
-                model.zero_grad()
-                return 1
-            return run
-        for model in (ours, plain):                                    # memory and kernels warm
-            once(model)()
-        mine = []
+            with sample.autocast(torch.device("cpu"), name, "float32"):
+                loss = asft.cicfm_loss(model, coords, x0, eps, t, query, label=torch.tensor([1, 2]))
+            loss.backward()
+            model.zero_grad()
+            losses[model] = loss.item()
 
-        def ours_and_peak():
-            peaks.append(peak(dtype))
-            mine.append(timed(once(ours))())
-            return mine[-1]
-        name = str(dtype).removeprefix("torch.")
-        row(f"training step, {name} / plain form", ours_and_peak, timed(once(plain)),
-            ">= 1.6" if dtype is torch.float32 else "-", rounds=3)
+        def once_and_peak():
+            peaks.append(peak(getattr(torch, name)))
+            return timed(once, ours)()
+        once(ours)                                                     # memory and kernels warm
+        once(plain)
+        seconds = row(f"training step, {name} / plain form", once_and_peak, timed(once, plain), goal, 3)
         assert abs(losses[ours] / losses[plain] - 1) < 1e-2, losses
-        share = flops / statistics.median(mine) / statistics.median(peaks)
-        print(f"{'':<52} {flops / 1e9:.0f} GFLOP; {flops / statistics.median(mine) / 1e9:.0f} of the matrix "
-              f"product's "
-              f"{statistics.median(peaks) / 1e9:.0f} GFLOP/s: {share:.2f}   goal "
-              f"{'>= 0.65' if dtype is torch.float32 else '>= 0.45'}")
+        speed, most = flops / seconds / 1e9, statistics.median(peaks) / 1e9
+        print(f"{'':<52} {flops / 1e9:.0f} GFLOP; {speed:.0f} of the matrix product's {most:.0f} GFLOP/s: "
+              f"{speed / most:.2f}   goal >= {least}")
 
 def guided():
     """Guided sampling step of image B at 256 x 256, all pixels, float32; seconds per step."""
     ours, plain = model_pair("B", n_classes=1000)
     coords, x = asft.image_coords(256), torch.randn(1, 256 ** 2, 3)
-    label, t = torch.tensor([5]), torch.tensor([0.6])
+    label, t, got = torch.tensor([5]), torch.tensor([0.6]), {}
     velocity = sample.Velocity(ours, coords, 256 ** 2, label, guidance=1.5)
-    got = {}
 
     @torch.no_grad()
     def shared():
         got["ours"] = velocity(x, 0.6)
-        return 1
 
     @torch.no_grad()
     def two_passes():
         cond, null = (plain(coords, x, coords, x, t, z) for z in (label, None))
         got["plain"] = null + 1.5 * (cond - null)
-        return 1
     shared()
-    row("guided step / two full plain passes", timed(shared), timed(two_passes), ">= 1.25", rounds=3)
-    row("... plain passes with glibc's own memory handling", timed(shared), glibc(timed(two_passes)), "-",
-        rounds=3)
+    row("guided step / two full plain passes", timed(shared), timed(two_passes), ">= 1.25", 3)
+    row("... plain passes with glibc's own memory handling", timed(shared), glibc(timed(two_passes)), "-", 3)
     assert (got["ours"] - got["plain"]).abs().max() < 1e-3
 
 def decode():
@@ -192,18 +174,13 @@ def decode():
         memory = ours.prepare(ours.encode(asft.image_coords(256), torch.randn(1, 256 ** 2, 3), t), t)
 
     @torch.no_grad()
-    def chunked():
-        for i in range(0, M, 4096):
-            ours.decode(memory, coords[i:i + 4096], x[:, i:i + 4096])
-        return M / 1e6
-
-    @torch.no_grad()
-    def unlimited():
-        ours.decode(memory, coords[:M // 4], x[:, :M // 4])
-        return M / 4e6
-    unlimited()
-    row("1M queries, 4096 at a time / a quarter in one pass", timed(chunked), timed(unlimited), ">= 0.95",
-        rounds=3)
+    def decoded(count, chunk):
+        for i in range(0, count, chunk):
+            ours.decode(memory, coords[i:i + chunk], x[:, i:i + chunk])
+        return count / 1e6
+    decoded(M // 4, M)
+    row("1M queries, 4096 at a time / a quarter in one pass", timed(decoded, M, 4096),
+        timed(decoded, M // 4, M), ">= 0.95", 3)
 
 # a program that samples and prints its largest resident size in kB; Linux's ru_maxrss would count the
 # parent's, from before exec
@@ -220,37 +197,32 @@ def large():
     """sample.py --res 2048 and 4096 with image S, one Euler step, float32, as whole processes."""
     with tempfile.TemporaryDirectory() as place:
         model, _ = model_pair("S")
-        weights = model.state_dict()
+        weights, ckpt, seconds, memory = model.state_dict(), f"{place}/ckpt.pt", {}, {}
+        sampling = dict(solver="euler", steps=1, guidance=1.0)
+        config = dict(model=vars(model.cfg), class_names=[], path="linear", settings={}, sampling=sampling,
+                      normalisation=None)
         torch.save(dict(model=weights, ema=weights, optimizer={"copies": [weights, weights]}, step=1,
-                        config=dict(
-            model=vars(model.cfg), class_names=[], path="linear", settings={}, normalisation=None,
-            sampling=dict(solver="euler", steps=1, guidance=1.0))), f"{place}/ckpt.pt")
-        seconds, memory = {}, {}
+                        config=config), ckpt)
         for res in (256, 2048, 4096):
-            words = ["--ckpt", f"{place}/ckpt.pt", "--n", "1", "--res", str(res), "--device", "cpu", "--out",
-                     f"{place}/{res}"]
-            text = subprocess.run([sys.executable, "-c", OWN_PEAK, *words],
-                                  cwd=pathlib.Path(sample.__file__).parent, check=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+            words = f"--ckpt {ckpt} --n 1 --res {res} --device cpu --out {place}/{res}".split()
+            text = subprocess.run([sys.executable, "-c", OWN_PEAK, *words], cwd=ROOT, check=True, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
             seconds[res] = float(re.search(r"([\d.]+) s, NFE", text)[1])
             memory[res] = int(text.split()[-1]) / 2 ** 20
-            print(f"{f'--res {res}':<52} {seconds[res]:>9.1f} s {memory[res]:>8.2f} GiB peak resident",
-                  flush=True)
+            name = f"--res {res}"
+            print(f"{name:<52} {seconds[res]:>9.1f} s {memory[res]:>8.2f} GiB peak resident", flush=True)
         print(f"{'memory at 2048':<52} {memory[2048]:.2f} GiB   goal <= 2.5;   4096 / 2048: "
               f"{memory[4096] / memory[2048]:.3f}   goal <= 1.1")
         print(f"{'time(4096) / time(2048)':<52} {seconds[4096] / seconds[2048]:.2f}   goal <= 4.2")
 
 def folder():
-    """Training data at 256 from JPEGs of 500 x 375, as a folder and packed, one worker; seconds per
-    picture."""
+    """Training data at 256 from JPEGs of 500 x 375, as a folder and packed, one worker; seconds a picture."""
     with tempfile.TemporaryDirectory() as place:
         glyphs, noise = toys.Glyphs(500), np.random.default_rng(0)
-        files = []
-        for i in range(192):
-            files.append(f"{place}/{i}.jpg")
-            grain = noise.normal(0, 8, (375, 500, 3))
-            Image.fromarray((glyphs.item(i)[0][:375] + grain).clip(0, 255).astype(np.uint8)).save(files[-1],
-                                                                                                  quality=90)
+        files = [f"{place}/{i}.jpg" for i in range(192)]
+        for i, file in enumerate(files):
+            picture = glyphs.item(i)[0][:375] + noise.normal(0, 8, (375, 500, 3))
+            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(file, quality=90)
 
         def bare():
             for file in files:
@@ -260,27 +232,26 @@ def folder():
         def loaded(path, count):
             source = data.loader(data.load("folder", path, res=256, flip=True), 0, 0, 16, 16, workers=1)
 
+            def read(batches):
+                for _ in range(batches):
+                    next(source)
+                return batches * 16
+
             def run():
-                # what the worker read ahead in the meantime
-                for _ in range(8):
-                    next(source)
-                started = time.perf_counter()
-                for _ in range(count):
-                    next(source)
-                return (time.perf_counter() - started) / (count * 16)
+                read(8)                                    # what the worker read ahead in the meantime
+                return timed(read, count)()
             run()
             return run
         one = row("folder loader, one worker / bare Pillow, one thread", loaded(place, 12), timed(bare),
-                  ">= 0.85", rounds=9)
+                  ">= 0.85", 9)
         pack.main([place, f"{place}-packed", "--res", "256"])
         two = row("packed set, one worker / folder, one worker", loaded(f"{place}-packed", 60),
-                  loaded(place, 12), "", rounds=9)
+                  loaded(place, 12), "", 9)
         for model in ("B", "XL"):
             rate = 8 * 0.4 * 989e12 / (3 * asft.forward_flops(asft.config(model, n_classes=1000), 8192)[0])
             print(f"  ImageNet-256, {model} on 8 H100 at 40 % of their peak: {rate:,.0f} pictures/s; cores: "
-                  f"folder {rate * one:.1f} "
-                  f"(of {1 / one:,.0f} pictures/s each), packed {rate * two:.2f} ({1 / two:,.0f} each)",
-                  flush=True)
+                  f"folder {rate * one:.1f} (of {1 / one:,.0f} pictures/s each), packed {rate * two:.2f} "
+                  f"({1 / two:,.0f} each)", flush=True)
 
 def small():
     """Training steps of the quickstart (tiny, batch 16, 256 decoded); seconds per step."""
@@ -293,49 +264,44 @@ def small():
         net = copy.deepcopy(model)
         called, ema = torch.compile(net) if compiled else net, copy.deepcopy(net).requires_grad_(False)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-        coords, spent = asft.image_coords(32), [0.0]
+        coords, spent = asft.image_coords(32), [0.0, 0.0]              # seconds of updates, and of all
 
         def steps(count=20):
+            began = time.perf_counter()
             for i in range(count):
                 train.micro_loss(called, coords, batch, i, range(16), args, device).backward()
                 started = time.perf_counter()
                 train.update(net, ema, optimizer, i, args)
                 spent[0] += time.perf_counter() - started
+            spent[1] += time.perf_counter() - began
             return count
         steps()
-        spent[0] = 0.0
+        spent[:] = 0.0, 0.0
         return steps, spent
 
-    (eager, spent), rounds = trainer(False), 5
-    begun = time.perf_counter()
-    for _ in range(rounds):
+    eager, spent = trainer(False)
+    for _ in range(5):
         eager()
-    share = spent[0] / (time.perf_counter() - begun)
-    print(f"{'optimizer + EMA + clip, share of a step':<52} {100 * share:.1f} %   goal <= 10 %")
+    print(f"{'optimizer + EMA + clip, share of a step':<52} {100 * spent[0] / spent[1]:.1f} %   goal <= 10 %")
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         print(f"{'torch.compile / eager':<52} not measured: no C++ compiler on this machine")
         return
-    compiled, _ = trainer(True)
-    row("torch.compile / eager", timed(compiled), timed(eager), ">= 1.15", rounds=7)
+    row("torch.compile / eager", timed(trainer(True)[0]), timed(eager), ">= 1.15", 7)
 
 def metrics():
-    """Square-root trace, Chamfer and Earth Mover's distances; seconds per call or per pair of clouds of 2048
-    points."""
-    threads = torch.get_num_threads()
+    """Square-root trace, Chamfer and Earth Mover's distances; seconds a call or pair of clouds of 2048."""
+    threads, values = torch.get_num_threads(), {}
     print(f"{'':<52} {'ours':>11} {'theirs':>11} {'ratio':>9}   goal      ({threads} threads)")
     r = np.random.default_rng(0)
     S1, S2 = (np.cov(r.standard_normal((4096, 2048)) * np.linspace(0.1, 2, 2048), rowvar=False)
               for _ in range(2))
-    values = {}
 
     def sqrtm():
         values["theirs"] = np.trace(scipy.linalg.sqrtm(S1 @ S2)).real
-        return 1
 
     def trace():
         values["ours"] = frechet.sqrt_trace(S1, S2)
-        return 1
-    row("square-root trace, 2048 dimensions / sqrtm", timed(trace), timed(sqrtm), ">= 5", rounds=3)
+    row("square-root trace, 2048 dimensions / sqrtm", timed(trace), timed(sqrtm), ">= 5", 3)
     print(f"{'':<52} relative difference {abs(values['ours'] / values['theirs'] - 1):.1e}")
 
     solids = toys.Solids(2048)
@@ -348,31 +314,21 @@ def metrics():
             np.square(a.query(y)[0]).mean() + np.square(b.query(x)[0]).mean()
         return len(ref)
 
-    def approximate():
-        clouds.pairwise(ref[:4], smp[:4], "lion", progress=False)
-        return 16
-
     def assignment(workers):
         def one(pair):
             cost = cdist(*pair)
             return cost[linear_sum_assignment(cost)].mean()
+        with ThreadPoolExecutor(workers) as pool:
+            return len(list(pool.map(one, zip(ref[:4].astype(float), smp[:4].astype(float)))))
 
-        def run():
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(one, [(ref[i].astype(float), smp[i].astype(float)) for i in range(4)]))
-            return 4
-        return run
-
-    def exact(workers):
-        def run():
-            clouds.pairwise(ref[:2], smp[:2], "exact", workers=workers, progress=False)
-            return 4
-        return run
-    chamfer = lambda: clouds.pairwise(ref, smp, "chamfer", progress=False).size
-    row("Chamfer / a loop that builds two trees per pair", timed(chamfer), timed(two_trees), ">= 2")
-    row("approximate EMD (lion) / exact assignment", timed(approximate), timed(assignment(threads)), ">= 4",
-        rounds=3)
-    row(f"exact EMD, {threads} threads / 1", timed(exact(threads)), timed(exact(1)), "-", rounds=3)
+    def pairwise(n, distance, **options):
+        return clouds.pairwise(ref[:n], smp[:n], distance, progress=False, **options).size
+    row("Chamfer / a loop that builds two trees per pair", timed(pairwise, 24, "chamfer"), timed(two_trees),
+        ">= 2")
+    row("approximate EMD (lion) / exact assignment", timed(pairwise, 4, "lion"), timed(assignment, threads),
+        ">= 4", 3)
+    row(f"exact EMD, {threads} threads / 1", timed(pairwise, 2, "exact", workers=threads),
+        timed(pairwise, 2, "exact", workers=1), "-", 3)
 
 SECTIONS = {"step": step, "guided": guided, "decode": decode, "large": large, "data": folder, "small": small,
             "metrics": metrics}

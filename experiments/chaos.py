@@ -34,15 +34,15 @@ from tqdm import tqdm  # noqa: E402
 
 import sample  # noqa: E402
 
-SMALL = ["--width", 32, "--depth", 2, "--heads", 2, "--latents", 16, "--batch-size", 12, "--decode", 64,
-         "--device", "cpu",
-         "--dtype", "float32", "--sampling-steps", 2, "--sample-every", 10 ** 6]
+SMALL = ("--width 32 --depth 2 --heads 2 --latents 16 --batch-size 12 --decode 64 --device cpu "
+         "--dtype float32 --sampling-steps 2 --sample-every 1000000").split()
+OFTEN = "--save-every", 5, "--log-every", 5
 
-def start(out, *flags, processes=None, **options):
+def start(out, *flags, processes=None, model=SMALL, **options):
     """Starts train.py in a session of its own, what it says into out.txt beside the run directory."""
     launch = ["-m", "torch.distributed.run", "--nnodes", 1, "--nproc_per_node", processes, "--master_port",
               free_port()] if processes else []
-    words = [sys.executable, *launch, ROOT / "train.py", *SMALL, "--out", out, *flags]
+    words = [sys.executable, *launch, ROOT / "train.py", *model, "--out", out, *flags]
     with open(f"{out}.txt", "ab") as said:
         return subprocess.Popen([*map(str, words)], stdout=said, stderr=said, start_new_session=True,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
@@ -74,8 +74,7 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 def same_run(a, b):
-    """Weights, average, optimizer and position of two runs' checkpoints, and what they logged, but for the
-    timings."""
+    """Whether two runs' checkpoints are equal, and what they logged but for the timings."""
     one, two = (sample.read_checkpoint(path) for path in (a, b))
     rows = [[[r[k] for k in ("step", "loss", "grad_norm", "lr")] for r in log(path)] for path in (a, b)]
     return all(same(one[k], two[k]) for k in ("model", "ema", "optimizer", "step")) and rows[0] == rows[1]
@@ -96,28 +95,20 @@ def children(pid):
     return found
 
 def until(true, process, seconds=120):
-    """Waits for a condition, at most until the process ends; whether it came."""
+    """Waits for a condition, at most until the process ends."""
     end = time.time() + seconds
-    while time.time() < end:
-        if true():
-            return True
-        if process.poll() is not None:
-            return False
+    while time.time() < end and not true() and process.poll() is None:
         time.sleep(0.0005)
-    return False
 
 def kill(work, runs, rng, steps=300):
-    """SIGKILL at any moment from the start of the process to its end; half of the times once a save has
-    begun."""
-    flags = ["--steps", steps, "--save-every", 5, "--log-every", 5]
     began = time.time()
-    train(work / "straight", *flags)
+    train(work / "straight", *OFTEN, "--steps", steps)
     length, equal, in_write, began_at = time.time() - began, 0, 0, []
     for i in tqdm(range(runs), unit="run"):
         out, status = work / f"run{i}", 0
         while status == 0:                              # again, where it was at its end before that moment
             shutil.rmtree(out, ignore_errors=True)
-            process = start(out, *flags, "--workers", i // 2 % 2, "--keep", i % 3)
+            process = start(out, *OFTEN, "--steps", steps, "--workers", i // 2 % 2, "--keep", i % 3)
             moment = time.time() + rng.uniform(0, 0.9 * length)
             until(lambda: time.time() > moment, process)
             if i % 2 == 0:
@@ -126,23 +117,20 @@ def kill(work, runs, rng, steps=300):
             status = process.wait()
         in_write += (out / "next.pt.tmp").exists()
         began_at.append(sample.read_checkpoint(out)["step"] if (out / "ckpt.pt").exists() else 0)
-        train(out, *flags, "--resume", "auto")
+        train(out, *OFTEN, "--steps", steps, "--resume", "auto")
         equal += same_run(out, work / "straight") and not list(out.glob("*.tmp"))
     print(f"kill: {equal} of {runs} runs equal the uninterrupted one bit for bit; {in_write} were killed "
-          f"within a save; "
-          f"they went on from steps {sorted(began_at)} of {steps}")
+          f"within a save; they went on from steps {sorted(began_at)} of {steps}")
     return equal == runs and in_write > 0
 
 def ranks(work, runs, rng, steps=300):
-    """SIGKILL of one of two processes; the launch must end, and the next one go on."""
-    flags = ["--steps", steps, "--save-every", 5, "--log-every", 5]
-    train(work / "straight", *flags, processes=2)
-    equal, ended, left, times = 0, 0, 0, []
+    train(work / "straight", *OFTEN, "--steps", steps, processes=2)
+    equal, ended, left, times = 0, 0, 0, [0]
     for i in tqdm(range(runs), unit="run"):
         out, victim = work / f"run{i}", None
         while victim is None:                           # again, where it was at its end before that moment
             shutil.rmtree(out, ignore_errors=True)
-            process = start(out, *flags, processes=2)
+            process = start(out, *OFTEN, "--steps", steps, processes=2)
             until((out / "log.jsonl").exists, process)
             moment = time.time() + rng.uniform(0, steps / 75)
             until(lambda: time.time() > moment, process)
@@ -158,11 +146,10 @@ def ranks(work, runs, rng, steps=300):
             process.wait()
         time.sleep(0.5)
         left += sum(os.path.exists(f"/proc/{pid}") for pid in family)
-        train(out, *flags, "--resume", "auto", processes=2)
+        train(out, *OFTEN, "--steps", steps, "--resume", "auto", processes=2)
         equal += same_run(out, work / "straight")
-    print(f"ranks: {ended} of {runs} launches ended with an error, the slowest {max(times, default=0):.1f} "
-          f"s after the kill, {left} processes "
-          f"left; {equal} of {runs} reruns equal the uninterrupted one bit for bit")
+    print(f"ranks: {ended} of {runs} launches ended with an error, the slowest {max(times):.1f} s after the "
+          f"kill, {left} processes left; {equal} of {runs} reruns equal the uninterrupted one bit for bit")
     return equal == ended == runs and not left
 
 def environment(pid):
@@ -172,8 +159,6 @@ def environment(pid):
         return []
 
 def disk(work, runs, rng):
-    """Saves that fail. No space: the temporary file is a link to /dev/full. Cut short: a limit on the size of
-    files."""
     flags = ["--save-every", 20, "--log-every", 5]
     train(work / "straight", *flags, "--steps", 100)
     out = work / "run"
@@ -185,7 +170,7 @@ def disk(work, runs, rng):
     text = train(out, *flags, "--steps", 100, "--resume", "auto", status=2, preexec_fn=limit)
     held = (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.tmp"))
     told = text.count("next interval tries again") == 2 and "last step is not saved" in text
-    told = told and "Traceback" not in text
+    told &= "Traceback" not in text
     print(f"disk: with files cut short, checkpoint of step 40 kept: {held}, three failed saves told: {told}")
 
     full = work / "full"
@@ -193,14 +178,12 @@ def disk(work, runs, rng):
     until((full / "log.jsonl").exists, process)
     (full / "next.pt.tmp").symlink_to("/dev/full")
     process.wait()
-    text = said(full)
-    retried = process.returncode == 0 and text.count("next interval tries again") == 1
+    retried = process.returncode == 0 and said(full).count("next interval tries again") == 1
     retried = retried and same_run(full, work / "straight")
     print(f"disk: without space once, told, and saved at the next interval: {retried}")
     return held and told and retried
 
 def sampling(work, runs, rng):
-    """Reads checkpoints as sample.py does while training replaces them several times a second."""
     flags = ["--steps", 150, "--save-every", 1, "--log-every", 50]
     train(work / "straight", *flags, "--keep", 1000)
     known = {int(p.stem[5:]): p for p in (work / "straight").glob("ckpt-*.pt")}
@@ -212,12 +195,11 @@ def sampling(work, runs, rng):
         there = sample.read_checkpoint(known[ckpt["step"]])
         whole += all(same(ckpt[k], there[k]) for k in ("model", "ema", "optimizer"))
         read.append(ckpt["step"])
-    print(f"sampling: {whole} of {len(read)} checkpoints read during training are whole, of "
-          f"{len(set(read))} different steps")
-    return whole == len(read) and len(set(read)) > 5
+    steps = len(set(read))
+    print(f"sampling: {whole} of {len(read)} checkpoints read in training are whole, of {steps} steps")
+    return whole == len(read) and steps > 5
 
 def elastic(work, runs, rng):
-    """The same run on 1 process, and on 1, 2, 3 and 1 in turn."""
     flags = ["--log-every", 1, "--schedule", "constant", "--save-every", 1000]
     train(work / "straight", *flags, "--steps", 80)
     out = work / "run"
@@ -229,12 +211,10 @@ def elastic(work, runs, rng):
     steps = [r["step"] for r in log(out)] == [*range(1, 81)]
     change = min(abs(a / b - 1) for a, b in zip(losses[1][40:], losses[1][41:]))
     print(f"elastic: losses of 80 steps on 1, 2, 3 and 1 processes against 1: at most {apart:.1e} apart "
-          f"relatively (from one step to the "
-          f"next at least {change:.1e}), no step twice or missing: {steps}")
+          f"(from one step to the next at least {change:.1e}), no step twice or missing: {steps}")
     return apart < 1e-4 and steps
 
 def deterministic(work, runs, rng):
-    """Two runs with --deterministic."""
     for name in ("one", "two"):
         train(work / name, "--steps", 60, "--log-every", 5, "--deterministic", "--workers", 2)
     one, two = ((work / name / "log.jsonl").read_bytes() for name in ("one", "two"))
@@ -242,33 +222,29 @@ def deterministic(work, runs, rng):
     return one == two and len(one.splitlines()) == 12
 
 def long(work, runs, rng, steps=3000):
-    """Resident memory, open files and processes of a long run, at a fifth of its steps, by when all that it
-    does (a save, a sampling) has been done twice, and at its end."""
-    out, small = work / "run", SMALL.copy()
-    SMALL[:] = ["--device", "cpu"]                      # the recipe as it is: preset tiny, batch 16
-    process = start(out, "--steps", steps, "--workers", 2, "--sample-every", steps // 12, "--save-every",
-                    steps // 12)
-    SMALL[:] = small
-    seen = {}
-    with tqdm(total=steps, unit="step") as bar:
-        while process.poll() is None:
-            try:
-                step = log(out)[-1]["step"]
-                family = [process.pid, *children(process.pid)]
-                pages = [int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in family]
-                files = [len(os.listdir(f"/proc/{pid}/fd")) for pid in family]
-                if all(pages) and len(family) == 3:     # else it is starting or ending
-                    seen[step] = (sum(pages) * resource.getpagesize() / 2 ** 20, sum(files), len(family))
-                bar.update(step - bar.n)
-            except (OSError, IndexError, ValueError):
-                pass
-            time.sleep(0.2)
-    process.wait()
-    first, last = (min(seen, key=lambda s: abs(s - at)) for at in (steps // 5, steps - 50))
+    """Resident memory, open files and processes of a long run of the default recipe, at a fifth of its steps,
+    by when all that it does (a save, a sampling) has been done twice, and at its end."""
+    out, seen, often = work / "run", {}, steps // 12
+    process = start(out, "--steps", steps, "--workers", 2, "--sample-every", often, "--save-every", often,
+                    model=["--device", "cpu"])
+    while process.poll() is None:
+        try:
+            step, family = log(out)[-1]["step"], [process.pid, *children(process.pid)]
+            pages = [int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in family]
+            files = [len(os.listdir(f"/proc/{pid}/fd")) for pid in family]
+            if all(pages) and len(family) == 3:         # else it is starting or ending
+                seen[step] = (sum(pages) * resource.getpagesize() / 2 ** 20, sum(files), len(family))
+        except (OSError, IndexError, ValueError):
+            pass
+        time.sleep(0.2)
+
+    def nearest(step):
+        return min(seen, key=lambda s: abs(s - step))
+    first, last = nearest(steps // 5), nearest(steps - 50)
     growth = seen[last][0] / seen[first][0] - 1
-    for step in sorted({min(seen, key=lambda s: abs(s - steps * i // 10)) for i in range(1, 11)} | {last}):
-        print(f"long: step {step}: {seen[step][0]:.1f} MiB resident, {seen[step][1]} open files, "
-              f"{seen[step][2]} processes")
+    for step in sorted({nearest(steps * i // 10) for i in range(1, 11)} | {last}):
+        memory, files, processes = seen[step]
+        print(f"long: step {step}: {memory:.1f} MiB resident, {files} open files, {processes} processes")
     print(f"long: resident memory grew by {100 * growth:+.2f} % from step {first} to {last}; status "
           f"{process.returncode}")
     return growth < 0.01 and seen[first][1:] == seen[last][1:] and process.returncode == 0

@@ -49,7 +49,7 @@ def resolutions(name="glyphs", index=10, side=256, sizes=(32, 128, 512, 2048)):
     whole, parts = [], []
     for res in sizes:
         image, = drawn(name, 1, index, size=(res, res))
-        top, left = res // 8, res // 2                                 # an edge of most letters
+        top, left = res // 4, 5 * res // 8                             # on an edge of this letter
         whole.append(shown(image, side))
         parts.append(shown(image[top:top + res // 8, left:left + res // 8], side))
     return sample.grid_image([*whole, *parts], len(sizes))
@@ -58,10 +58,8 @@ def letters():
     return sample.grid_image(drawn("glyphs", 36), 12)
 
 def emoji():
-    fine = drawn("emoji", 6, size=(256, 256))
-    coarse = [shown(image, 128) for image in drawn("emoji", 32)]
-    large = Image.fromarray(np.concatenate([shown(image, 258) for image in fine], 1)[:, :8 * 130 - 2])
-    small = sample.grid_image(coarse, 8)
+    small = sample.grid_image([shown(image, 126) for image in drawn("emoji", 32)], 8)
+    large = sample.grid_image([shown(image, 254) for image in drawn("emoji", 4, size=(256, 256))], 4)
     sheet = Image.new("RGB", (small.width, small.height + large.height + 2), "white")
     sheet.paste(small, (0, 0))
     sheet.paste(large, (0, small.height + 2))

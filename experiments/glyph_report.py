@@ -14,17 +14,32 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import item_index                     # noqa: E402
-from toys import Glyphs                          # noqa: E402
-from sample import generate, load, to_pixels     # noqa: E402
+import sample  # noqa: E402
+from data import item_index  # noqa: E402
+from toys import Glyphs  # noqa: E402
+
+ENLARGE = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 def renders(res, count, split):
-    glyphs = Glyphs(res, split)
-    return np.stack([glyphs.item(i)[0] for i in range(count)])        # class of item i is i % 36
+    glyphs = Glyphs(res, split)                                        # class of item i is i % 36
+    return np.stack([glyphs.item(i)[0] for i in tqdm(range(count), desc=f"glyphs at {res}")])
+
+def drawn(model, checkpoint, n, res, **wishes):
+    """Samples 0 to n-1 of a checkpoint with wishes of `sample.resolve`, classes in turn: (n, res, res, 3)."""
+    setting = sample.resolve(model.cfg, checkpoint, (res, res), **wishes)
+    batch, found = max(1, 2 ** 16 // res ** 2), []
+    for start in range(0, n, batch):
+        x, _ = sample.draw(model, setting, range(start, min(n, start + batch)))
+        found += [sample.to_pixels(values, res, res) for values in x]
+    return np.stack(found)
+
+def enlarged(pictures, res, how):
+    return np.stack([np.asarray(Image.fromarray(p).resize((res, res), ENLARGE[how])) for p in pictures])
 
 def planes(pictures):
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -49,8 +64,7 @@ def fit(net, x, y, epochs, batch, weight_decay):
         schedule.step()
 
 def train_classifier(per_class=700, epochs=3):
-    """A small convolutional network on real renders of the training split, and its accuracy on the test
-    split."""
+    """A network fitted to real renders of the training split, and its accuracy on the test split."""
     torch.manual_seed(1)
     net = nn.Sequential(*convolutions(), nn.Flatten(), nn.Linear(96 * 16, 36))
     x, y = planes(renders(32, 36 * per_class, "train")), torch.arange(36 * per_class) % 36
@@ -61,24 +75,19 @@ def train_classifier(per_class=700, epochs=3):
     return net, right.float().mean().item()
 
 def patches(pictures, side=8):
-    """Mean and covariance of the plain pixels of all side x side patches of pictures (n, H, W, 3), a few
-    pictures at a time.
-
-    Patches, because Gaussians of whole pictures need far more than a few hundred of them: with 36 pictures of
-    49,152 numbers each, true renders scored worse than blurred samples."""
+    """Mean and covariance of the pixels of side x side patches of pictures (n, H, W, 3). Gaussians of whole
+    pictures need more than a few hundred: of 36 with 49,152 numbers, blurred samples beat true renders."""
     total, square, count = 0, 0, 0
     for i in range(0, len(pictures), 100):
-        # odd stride: every phase
-        x = F.unfold(planes(pictures[i:i + 100]).double(), side, stride=side - 1).transpose(1, 2).flatten(0,
-                                                                                                          1)
+        x = F.unfold(planes(pictures[i:i + 100]).double(), side, stride=side - 1)        # at every phase
+        x = x.transpose(1, 2).flatten(0, 1)
         total, square, count = total + x.sum(0), square + x.T @ x, count + len(x)
     mean = total / count
     return mean.numpy(), ((square - count * torch.outer(mean, mean)) / (count - 1)).numpy()
 
 def textures(pictures):
-    """Features for evaluate.py --features, few enough for a hundred pictures: uint8 (B,3,H,W) -> (B,30), per
-    channel the mean, the spread, and the mean size of differences 1, 2, 4 and 8 pixels apart, across and
-    down."""
+    """Few features for evaluate.py --features: uint8 (B,3,H,W) -> (B,30), per channel mean, spread, and mean
+    size of differences 1, 2, 4 and 8 pixels apart, across and down."""
     x = pictures.float() / 127.5 - 1
     steps = [(x[..., d:] - x[..., :-d]).abs().mean((2, 3)) for d in (1, 2, 4, 8)]
     steps += [(x[:, :, d:] - x[:, :, :-d]).abs().mean((2, 3)) for d in (1, 2, 4, 8)]
@@ -94,8 +103,7 @@ def sharpness(pictures):
     return float(np.mean(out))
 
 def grid_energy(pictures, period):
-    """Largest ratio of the row and column spectrum at the window frequency and its harmonics to its
-    neighbours' median."""
+    """Largest ratio of the spectrum at the window frequency and its harmonics to its neighbours' median."""
     p = np.asarray(pictures, np.float64).mean(-1)
     worst = 0.0
     for axis in (1, 2):
@@ -115,32 +123,20 @@ def main():
     p.add_argument("--steps", type=int, help="default: the recipe's")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
-    model, ckpt = load(args.ckpt)
-    sampling = ckpt["config"]["sampling"]
-    guidance = args.guidance or sampling["guidance"]
-    steps = args.steps or sampling["steps"]
-
-    def samples(count, res):
-        pictures = []
-        for i in range(0, count, 36):
-            indices = range(i, min(i + 36, count))
-            x, _ = generate(model, indices, args.seed, (res, res),
-                            label=torch.tensor([j % 36 for j in indices]),
-                            guidance=guidance, steps=steps)
-            pictures += [to_pixels(s, res, res) for s in x]
-        return pictures
-
+    model, checkpoint = sample.load(args.ckpt)
+    recipe, names = checkpoint["config"]["sampling"], checkpoint["config"]["class_names"]
+    guidance, steps = args.guidance or recipe["guidance"], args.steps or recipe["steps"]
+    how = dict(noise="white", seed=args.seed, guidance=guidance, solver="euler", options=dict(steps=steps))
     classifier, accuracy = train_classifier()
-    report = dict(step=ckpt["step"], seed=args.seed, n=args.n, guidance=guidance, steps=steps,
+    report = dict(step=checkpoint["step"], seed=args.seed, n=args.n, guidance=guidance, steps=steps,
                   classifier_on_real_renders=accuracy)
-    coarse = samples(args.n, 32)
+    coarse = drawn(model, checkpoint, args.n, 32, **how)
     with torch.no_grad():
         right = classifier(planes(coarse)).argmax(1) == torch.arange(args.n) % 36
     report["legible"] = right.float().mean().item()
-    report["misread"] = "".join(sorted({ckpt["config"]["class_names"][i % 36]
-                                        for i in np.flatnonzero(~right.numpy())}))
+    report["misread"] = "".join(sorted({names[i % 36] for i in np.flatnonzero(~right.numpy())}))
     if args.fine:
-        arms = {"drawn at 128": samples(args.fine, 128),
+        arms = {"drawn at 128": drawn(model, checkpoint, args.fine, 128, **how, refine=0),
                 "true renders": list(renders(128, 36 * 40, "train")[-args.fine:])}
         report["sharpness_128"] = {k: sharpness(v) for k, v in arms.items()}
         report["grid_energy_128"] = {k: grid_energy(v, 128 // 8) for k, v in arms.items()}

@@ -14,42 +14,24 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
 import data  # noqa: E402
 import sample  # noqa: E402
-import toys  # noqa: E402
-from claims import Judge, moments  # noqa: E402
-from glyph_report import patches  # noqa: E402
-from metrics.frechet import frechet_distance  # noqa: E402
-from metrics.precision_recall import precision_recall  # noqa: E402
-from upscale import ENLARGE  # noqa: E402
+from claims import Judge, patch_distance  # noqa: E402
+from glyph_report import ENLARGE, drawn, enlarged, renders  # noqa: E402
 
 def held_out(args, res):
     """Images (n, res, res, 3) uint8 that training has not seen, and their labels."""
     if not args.real:
-        glyphs = toys.Glyphs(res, "test")
         count = 36 * max(8, min(56, 2 ** 21 // res ** 2))
-        return (np.stack([glyphs.item(i)[0] for i in range(count)]),
-                np.arange(count) % len(glyphs.class_names))
+        return renders(res, count, "test"), np.arange(count) % 36
     for file in args.real:
         whole = data.Arrays(file)
         if whole.res == res:
             return np.stack([whole.item(i)[0] for i in range(len(whole))]), np.asarray(whole.labels)
     raise ValueError(f"--real: found no images of {res} pixels")
-
-def drawn(model, checkpoint, args, res, **wishes):
-    """The n samples at a size: uint8 (n, res, res, 3), and their labels."""
-    setting = sample.resolve(model.cfg, checkpoint, (res, res), guidance=args.guidance, dtype="bfloat16",
-                             options=dict(steps=args.steps), seed=args.seed, **wishes)
-    batch, found = max(1, 2 ** 16 // res ** 2), []
-    for start in range(0, args.n, batch):
-        x, _ = sample.draw(model, setting, range(start, min(args.n, start + batch)))
-        found += [sample.to_pixels(values, res, res) for values in x]
-    return np.stack(found), np.arange(args.n) % len(checkpoint["config"]["class_names"])
 
 def gradient(images):
     x = images.astype(np.float32) / 255
@@ -61,12 +43,9 @@ def reduced(images, res):
     return images.reshape(n, res, R // res, res, R // res, 3).mean((2, 4)).round().astype(np.uint8)
 
 def scores(judge, true, images, labels, res):
-    deep, _, read = judge.features(reduced(images, res))
-    precision, recall = precision_recall(judge.known[0], deep)
-    return dict(features=frechet_distance(*moments(judge.known[0]), *moments(deep)),
-                patches=frechet_distance(*patches(true), *patches(images)), precision=precision,
-                recall=recall,
-                read=100 * float((read == torch.as_tensor(labels)).float().mean()), gradient=gradient(images))
+    found = judge.score(reduced(images, res), labels)
+    return dict(features=found["fd"], patches=patch_distance(true, images), precision=found["precision"],
+                recall=found["recall"], read=found["read"], gradient=gradient(images))
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,33 +61,32 @@ def main(argv=None):
     args = p.parse_args(argv)
     model, checkpoint = sample.load(args.ckpt)
     model.to(sample.start_processes("auto"))
-    table, coarse = {}, None
+    table, coarse, in_turn = {}, None, np.arange(args.n) % len(checkpoint["config"]["class_names"])
     for times in args.times:
         res = times * model.cfg.res
         true, labels = held_out(args, res)
         seen = min(res, 2 * model.cfg.res)
         known = reduced(true, seen), labels
         judge = Judge(Path(f"{args.out}-judge{res}.pt"), known, known, labels.max() + 1, 24)
-        arms = {"white": drawn(model, checkpoint, args, res, noise="white")}
+        how = dict(guidance=args.guidance, seed=args.seed, dtype="bfloat16", options=dict(steps=args.steps))
+        arms = {"white": drawn(model, checkpoint, args.n, res, noise="white", **how)}
         for length in args.lengths:
-            arms[f"coupled {length:g}"] = drawn(model, checkpoint, args, res, noise="coupled",
-                                                noise_length=length)
+            arms[f"coupled {length:g}"] = drawn(model, checkpoint, args.n, res, noise="coupled",
+                                                noise_length=length, **how)
         coarse = arms if times == 1 else coarse
-        for how, kind in ENLARGE.items():
+        for kind in ENLARGE if times > 1 and coarse else ():
             for arm in ("white", f"coupled {args.lengths[len(args.lengths) // 2]:g}"):
-                if times > 1 and coarse:
-                    found, classes = coarse[arm]
-                    large = [np.asarray(Image.fromarray(image).resize((res, res), kind)) for image in found]
-                    arms[f"{how} of {arm}"] = np.stack(large), classes
+                arms[f"{kind} of {arm}"] = enlarged(coarse[arm], res, kind)
         print(f"\n{times} x: {args.n} samples, {len(true)} held-out images of {res}\n"
               "| noise | features | patches | precision | recall | read, % | gradient |\n" + "|---" * 7 + "|")
         some = np.random.default_rng(0).permutation(len(true))[:args.n]
-        arms["held out"] = true[some], labels[some]
-        for arm, (images, classes) in arms.items():
-            found = scores(judge, true, images, classes, seen)
+        classes = {"held out": labels[some]}
+        arms["held out"] = true[some]
+        for arm, images in arms.items():
+            found = scores(judge, true, images, classes.get(arm, in_turn), seen)
             table[f"{times} x, {arm}"] = found
             print(f"| {arm} | " + " | ".join(f"{found[key]:.3g}" for key in found) + " |", flush=True)
-        tiles = [image for images, _ in arms.values() for image in images[:8]]
+        tiles = [image for images in arms.values() for image in images[:8]]
         sample.write_png(f"{args.out}-{times}x.png", sample.grid_image(tiles, 8))
     sample.write_json(f"{args.out}.json", dict(vars(args), table=table))
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import evaluate  # noqa: E402
 import sample  # noqa: E402
-
-ENLARGE = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
+from glyph_report import ENLARGE  # noqa: E402
 
 def enlarge(src, dst, side, how):
     """Every image of a directory of sample.py, enlarged by one of ENLARGE."""

@@ -5,9 +5,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import model as asft
 import sample
+import train
 from conftest import ROOT
 from tools import plan, poster
 
@@ -34,7 +37,7 @@ def test_the_plan_needs_neither_data_nor_gpu(capsys, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="3 processes"):
         plan.main(["--dataset", "imagenet256", "--gpus", "3"])
 
-@pytest.mark.parametrize("name", ["bench", "chaos", "claims", "glyph_report", "noise", "upscale"])
+@pytest.mark.parametrize("name", ["bench", "chaos", "claims", "glyph_report", "noise", "peer", "upscale"])
 def test_experiments_start(name):
     run = subprocess.run([sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"],
                          capture_output=True, text=True)
@@ -48,13 +51,39 @@ def test_a_claim_runs_whole_and_is_not_done_twice(tmp_path, monkeypatch):
     images = rng.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "set.npz", images=images, labels=np.arange(120) % 2)
     words = ["linear", "--data", str(tmp_path / "set.npz"), "--steps", "1", "--n", "100", "--seeds", "1",
-             "--out",
-             str(tmp_path / "out")]
+             "--out", str(tmp_path / "out")]
     claims.main(words)
     result = tmp_path / "out" / "results" / "linear-set-1.json"
     before = result.stat().st_mtime_ns
     claims.main(words)
     assert result.with_suffix(".png").exists() and result.stat().st_mtime_ns >= before
+
+def test_the_peer_is_judged_at_each_budget_and_not_done_again(tmp_path, monkeypatch, capsys):
+    """If an arm missed a budget or its table changed when read again, or a patch were put back elsewhere."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    peer = importlib.import_module("peer")
+    cfg = asft.config("tiny", res=8, width=32, heads=2, latents=4, n_classes=2)
+    net, coords = peer.DiT(cfg, 4), asft.image_coords(8)
+    torch.nn.init.normal_(net.head.weight)                             # gates at zero: a patch sees itself
+    x, t = torch.randn(2, 1, 64, 3)[:, 0].requires_grad_(), torch.rand(2)
+    order = torch.randperm(64)
+    v = net(coords, x, coords[order], x[:, order], t)
+    assert torch.equal(v, net(coords, x, coords, x, t)[:, order])
+    v[:, order == 8 * 5 + 2].sum().backward()                          # row 5, column 2
+    seen = x.grad.abs().sum((0, 2)).view(8, 8) > 0
+    assert seen[4:, :4].all() and seen.sum() == 16
+    small = dict(width=32, heads=2, depth=1, sampling_steps=1)
+    monkeypatch.setitem(train.RECIPES, "npz", train.RECIPES["npz"] | small)
+    images = np.random.default_rng(0).integers(0, 256, (120, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=images, labels=np.arange(120) % 2)
+    words = ["--data", str(tmp_path / "set.npz"), "--minutes", "0.001", "0.002", "--n", "100", "--arms",
+             "asft", "dit/4@5e-4", "--out", str(tmp_path)]
+    peer.main(words)
+    first = capsys.readouterr().out
+    peer.main(words)
+    again = capsys.readouterr().out
+    assert again in first and again.count(" min |") == 6
+    assert len([*tmp_path.glob("set-*.png")]) == 3
 
 def test_upscale_compares_with_enlargements_of_the_same_samples(glyphs_run, tmp_path, monkeypatch, capsys):
     """If the arms were not the same seeds, or the enlargement another than Pillow's."""
