@@ -1,9 +1,8 @@
 """Sample images or point clouds from a checkpoint, at any resolution: python sample.py --res 512
 
-The encoder always sees the context at the training resolution: a grid (or set of points) of its own noise,
-integrated along with the queries. Queries are any other coordinates with their own start, which never feed
-back into the latents: one seed has one content at every resolution, and cost is linear in the queries. Noise
-is a function of (seed, sample, place, step), never of batch, chunk, crop or number of processes.
+The encoder sees the context at the training resolution: pairs of its own noise, integrated along with the
+queries. These are any other coordinates and never feed back into the latents: one seed has one content at
+every resolution, and cost is linear in them. Noise is a function of (seed, sample, place, step) alone.
 
 In this order: solvers; velocity, `generate`; noise; samples as files; checkpoints; processes; command line.
 train.py and evaluate.py use its parts. It needs model.py alone, whose alphabet and conventions it keeps."""
@@ -80,16 +79,11 @@ def dopri5(velocity, x, evaluations=100, rtol=1e-3, atol=1e-3, control=None):
         print0(f"dopri5: --evaluations {evaluations} forced {forced} steps above the tolerance", sys.stderr)
     return x
 
-def sigma(a, s, da, ds):
-    """w = 2 s(t): on the linear path 2t."""
-    return 2 * s
+DIFFUSIONS = {"sigma": lambda a, s, da, ds: 2 * s,                                      # w, linear path: 2t
+              "sbdm": lambda a, s, da, ds: 2 * (s * ds - s * s * da / a.clamp_min(1e-8))}       # 2t / (1-t)
 
-def sbdm(a, s, da, ds):
-    """w = 2 (s s' - s^2 a'/a), that of score-based models: on the linear path 2t/(1-t)."""
-    return 2 * (s * ds - s * s * da / a.clamp_min(1e-8))
-
-def sde(velocity, x, steps, noise, path=linear_path, diffusion=sigma, last=0.004):
-    """Euler-Maruyama on the reverse SDE, z = noise(i) at step i: x <- x - h (v - w score / 2) + sqrt(w h) z.
+def sde(velocity, x, steps, noise, path=linear_path, diffusion=DIFFUSIONS["sigma"], last=0.004):
+    """Euler-Maruyama on the reverse SDE, z = noise(i + 1): x <- x - h (v - w score / 2) + sqrt(w h) z.
     The last step, of size `last`, takes the mean. w h is kept below s^2, the variance of the noise in x:
     beyond it one step overshoots what it corrects (sbdm is unbounded at t = 1)."""
     if not 0 < last < 1:
@@ -103,34 +97,33 @@ def sde(velocity, x, steps, noise, path=linear_path, diffusion=sigma, last=0.004
         score = (da * x - a * v) / (s * (a * ds - da * s))  # -eps / s, with eps solved from x and v
         x = x - h * (v - w / 2 * score)
         if end > 0:
-            x = x + math.sqrt(w * h) * noise(i)
+            x = x + math.sqrt(w * h) * noise(i + 1)
     return x
 
 SOLVERS = {"euler": euler, "heun": heun, "dopri5": dopri5, "sde": sde}
-DIFFUSIONS = {"sigma": sigma, "sbdm": sbdm}
+NAMED = {"path": PATHS, "diffusion": DIFFUSIONS}           # options of a solver that `generate` takes by name
 
 # ---- From a model to samples
 
 class Velocity:
     """Guided velocity v_null + g (v_cond - v_null) of a state whose first `context` pairs are the context.
-    One of its `calls` is one encoder pass, then the decoder in chunks; guidance 1 runs the conditional pass
-    alone, as does a time outside of the interval. progress(share) hears of each chunk as a share of a call.
-    Of queries that are a `grid` (height, width, stride) `interpolated` decodes a part."""
+    A call is one encoder pass, then the decoder in chunks; progress(share of a call) hears of each chunk.
+    Guidance 1, or a time outside of the interval, runs the conditional pass alone. `interpolated` decodes a
+    part of queries that are a `grid` (height, width, stride)."""
 
     def __init__(self, model, coords, context, label=None, tokens=None, guidance=1.0, interval=(0.0, 1.0),
                  chunk=None, progress=None, grid=None, refine=0.0):
-        self.model, self.coords, self.context, self.guidance = model, coords, context, guidance
-        self.grid, self.refine, self.interval = grid, refine, interval
-        self.label, self.tokens, self.progress, self.calls = label, tokens, progress, 0
+        self.model, self.coords, self.context, self.label, self.tokens = model, coords, context, label, tokens
+        self.guidance, self.interval, self.grid, self.refine = guidance, interval, grid, refine
+        self.progress, self.calls = progress, 0
         # a CPU is fastest while the activations of a chunk stay in its cache, a GPU when it is filled
         self.chunk = chunk or (4096 if model.device.type == "cpu" else 65536)
-        self.conditional = label is not None or tokens is not None
 
     def __call__(self, x, t):
         self.calls += 1
-        low, high = self.interval
-        guided = self.conditional and self.guidance != 1 and low <= t <= high
-        B, coords, halves = len(x), self.coords, 1 + guided
+        conditional = self.label is not None or self.tokens is not None
+        guided = conditional and self.guidance != 1 and self.interval[0] <= t <= self.interval[1]
+        (B, M, _), coords, halves = x.shape, self.coords, 1 + guided
         t = x.new_full((B * halves,), t)                                                 # (2B,)
         label = None if self.label is None else self.label.repeat(halves)                # (2B,)
         tokens = None if self.tokens is None else self.tokens.repeat(halves, 1, 1)       # (2B, T, token_dim)
@@ -138,7 +131,7 @@ class Velocity:
         context = None if coords is None else coords[:self.context]                      # (N, 2)
         levels = self.model.encode(context, x[:, :self.context], t, label, tokens, drop)  # K x (2B, L, D)
         prepared = self.model.prepare(levels, t, label, drop)
-        out = torch.empty_like(x)
+        out, pairs = torch.empty_like(x), torch.arange(M, device=x.device)
 
         def decode(pairs):                                             # fills in the velocities of some pairs
             for some in pairs.split(max(1, self.chunk // B)):
@@ -149,99 +142,78 @@ class Velocity:
                     v = null + self.guidance * (cond - null)                             # (B, m, 3)
                 out[:, some] = v
                 if self.progress:
-                    self.progress(v.shape[1] / x.shape[1])
-        pairs = torch.arange(x.shape[1], device=x.device)
-        if self.grid is None:
-            decode(pairs)
-        else:
-            decode(pairs[:self.context])
-            decoded = self.context + self.interpolated(pairs[self.context:], out, decode)
-            if self.progress:
-                self.progress(1 - decoded / len(pairs))
+                    self.progress(len(some) / M)
+        decode(pairs[:self.context] if self.grid else pairs)
+        if self.grid:
+            self.interpolated(pairs[self.context:], out, decode)
         return out
 
     def interpolated(self, pairs, out, decode):
         """Decodes the corners of cells of stride x stride pixels and one pixel in the middle of each. Where
-        that differs from the mean of its corners by at most `refine`, the velocities between are
-        interpolated; the pixels of all other cells are decoded. A cell rests on nothing outside of it.
-        Returns how many pairs were decoded."""
+        that is at most `refine` off the mean of its corners, the velocities between are interpolated; other
+        cells are decoded. A cell rests on nothing outside of it."""
         height, width, s = self.grid
         pairs = pairs.view(height, width)
-        corners = pairs[::s, ::s]                                                        # (h, w)
-        h, w = corners.shape[0] - 1, corners.shape[1] - 1                                # whole cells
+        corners, h, w = pairs[::s, ::s], (height - 1) // s, (width - 1) // s             # (h+1, w+1)
         middles = pairs[s // 2::s, s // 2::s][:h, :w]
         decode(torch.cat([corners.flatten(), middles.flatten()]))
         v = out[:, corners].movedim(3, 1)                                                # (B, 3, h+1, w+1)
         wrong = (F.avg_pool2d(v, 2, 1).movedim(1, 3) - out[:, middles]).abs()            # (B, h, w, 3)
         rough = (wrong > self.refine).any(3).any(0)                                      # (h, w)
         v = F.interpolate(v, (h * s + 1, w * s + 1), mode="bilinear", align_corners=True)
-        inside = pairs[:h * s, :w * s]
-        out[:, inside] = v[:, :, :-1, :-1].movedim(1, 3)
+        out[:, pairs[:h * s, :w * s]] = v[:, :, :-1, :-1].movedim(1, 3)
         exact = torch.ones(height, width, dtype=torch.bool, device=v.device)
         exact[:h * s, :w * s] = rough.repeat_interleave(s, 0).repeat_interleave(s, 1)
         decode(pairs[exact])
-        return corners.numel() + middles.numel() + int(exact.sum())
+        if self.progress:
+            self.progress(((~exact).sum().item() - corners.numel() - middles.numel()) / out.shape[1])
 
 @torch.no_grad()
 def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=None, guidance=1.0,
              guidance_interval=(0.0, 1.0), chunk=None, progress=None, noise="white", noise_length=4.0,
-             refine=0.0, solver="euler", **solver_options):
+             refine=0.0, solver="euler", **options):
     """Samples `indices` of a seed: (B, M, 3) float32 on the model's device, and the NFE.
-
-    size: (height, width) of images, a number of points, or None for the training resolution; part: a box (x0,
-    y0, x1, y1) of its pixels, or a run (start, stop) of its points, None for all. label (B,) int64; tokens
-    (B, T, token_dim). guidance_interval: the times (low, high) with guidance. noise: one of NOISES, that of
-    the queries; noise_length: of coupled noise on images, in training pixels; refine: with coupled noise,
-    velocities of an image much finer than trained are interpolated where that is off by at most so much (see
-    `Velocity.interpolated`), one sample at a time. solver_options name PATHS and DIFFUSIONS."""
-    cfg, image, options = model.cfg, model.cfg.domain == "image", solver_options
-    N, trained = trained_size(cfg)
-    size = trained if size is None else tuple(size) if image else size
-    part = part or ((0, 0, size[1], size[0]) if image else (0, size))
+    size: see `shape_of`. part: a box (x0, y0, x1, y1) of pixels, or a run (start, stop) of points; None: all.
+    label (B,) int64; tokens (B, T, token_dim). guidance_interval: (low, high), the times with guidance.
+    noise: of the queries, one of NOISES; noise_length: of coupled noise, in training pixels. refine: see
+    `Velocity.interpolated`, for large images, one sample at a time. options: those of the solver."""
+    cfg, image, trained = model.cfg, model.cfg.domain == "image", shape_of(model.cfg)
+    N, (height, width) = math.prod(trained), shape_of(cfg, size)
     coupled = image and noise == "coupled"
-    apart = size != trained or coupled                                 # there are queries beyond the context
-    wanted, grid, stride = part, None, cell_size(cfg, size, noise, refine)
-    if stride:                                                         # whole cells, with all their corners
-        part = [place // stride * stride for place in part[:2]]
-        part += [min(end, -(-stop // stride) * stride + 1) for stop, end in zip(wanted[2:], size[::-1])]
-        grid = part[3] - part[1], part[2] - part[0], stride
+    apart = coupled or (height, width) != trained                      # there are queries beyond the context
+    part = part if image or not part else (0, part[0], 1, part[1])
+    x0, y0, x1, y1 = part or (0, 0, width, height)                     # what is asked for
+    left, top, right, bottom = (x0, y0, x1, y1) if apart else (0, 0, width, height)          # what is drawn
+    s = cell_size(cfg, (height, width), noise, refine)
+    if s:                                                              # whole cells, with all their corners
+        left, top = x0 // s * s, y0 // s * s
+        right, bottom = min(width, -(-x1 // s) * s + 1), min(height, -(-y1 // s) * s + 1)
+    box, shape = (left, top, right, bottom), (bottom - top, right - left)
     samples = torch.tensor([*indices], device=model.device)
 
-    def draw_noise(purpose, step, count=None, items=None):
-        return normals(random_words(purpose, seed, step, samples, count, items))
-
     def noise_of_pairs(step):                                          # (B, N, 3), or (B, N + M, 3)
-        parts = [draw_noise("context", step, N)]
+        parts = [normals(random_words("context", seed, step, samples, N))]
         if coupled:
             cells = max(1, round(cfg.res / noise_length))
-            white = draw_noise("field", step, cells ** 2).unflatten(1, (cells, cells))
-            parts.append(smooth(white, size, part))
+            white = normals(random_words("field", seed, step, samples, cells ** 2))
+            parts.append(smooth(white.unflatten(1, (cells, cells)), (height, width), box))
         elif apart:
-            parts.append(draw_noise("query", step, items=numbers(size, part, model.device)))
+            rows = torch.arange(top, bottom, device=model.device) * width
+            items = (rows[:, None] + torch.arange(left, right, device=model.device)).flatten()
+            parts.append(normals(random_words("query", seed, step, samples, items=items)))
         return torch.cat(parts, 1)
 
     coords = None
-    if image:
-        queries = [image_coords(*size, box=part)] if apart else []
-        coords = torch.cat([image_coords(cfg.res), *queries]).to(model.device)
-    velocity = Velocity(model, coords, N, label, tokens, guidance, guidance_interval, chunk, progress, grid,
-                        refine)
-    supplied = dict(noise=lambda i: noise_of_pairs(i + 1), control=N)
-    options |= {k: v for k, v in supplied.items() if k in inspect.signature(SOLVERS[solver]).parameters}
-    for name, table in (("path", PATHS), ("diffusion", DIFFUSIONS)):
-        if name in options:
-            options[name] = table[options[name]]
+    if image:                                                          # (N, 2), or (N + M, 2)
+        coords = [image_coords(cfg.res), image_coords(height, width, box=box)][:1 + apart]
+        coords = torch.cat(coords).to(model.device)
+    velocity = Velocity(model, coords, N, label, tokens, guidance, guidance_interval, chunk, progress,
+                        (*shape, s) if s else None, refine)
+    options |= {"sde": dict(noise=noise_of_pairs), "dopri5": dict(control=N)}.get(solver, {})
+    options |= {name: table[options[name]] for name, table in NAMED.items() if name in options}
     x = SOLVERS[solver](velocity, noise_of_pairs(0), **options)
-    if grid:
-        x, (x0, y0) = x[:, N:].unflatten(1, grid[:2]), part[:2]
-        x = x[:, wanted[1] - y0:wanted[3] - y0, wanted[0] - x0:wanted[2] - x0].flatten(1, 2)
-    elif apart:
-        x = x[:, N:]
-    elif image:
-        x = x.unflatten(1, size)[:, part[1]:part[3], part[0]:part[2]].flatten(1, 2)
-    else:
-        x = x[:, part[0]:part[1]]
-    return x, velocity.calls
+    x = x[:, N if apart else 0:].unflatten(1, shape)
+    return x[:, y0 - top:y1 - top, x0 - left:x1 - left].flatten(1, 2), velocity.calls
 
 # ---- Noise
 
@@ -273,52 +245,41 @@ def normals(words):
     radius, angle = (-2 * u[:2].log()).sqrt(), 2 * math.pi * u[2:]
     return torch.stack([*(radius * angle.cos()), radius[0] * angle[0].sin()], -1)
 
-def numbers(size, part, device=None):
-    """The numbers of the points of a run, or of the pixels of a box in an image of that size: int64 (M,)."""
-    if len(part) == 2:
-        return torch.arange(*part, device=device)
-    x0, y0, x1, y1 = part
-    rows, columns = torch.arange(y0, y1, device=device), torch.arange(x0, x1, device=device)
-    return (rows[:, None] * size[1] + columns).flatten()
+def shape_of(cfg, size=None):
+    """(height, width) of an image; a cloud of so many points is one pixel wide. None: as in training."""
+    if cfg.domain == "image":
+        return tuple(size or (cfg.res, cfg.res))
+    return size or cfg.points, 1
 
-def trained_size(cfg):
-    """Pairs of the context, and the size of what was trained on: (height, width), or a number of points."""
-    return (cfg.res ** 2, (cfg.res, cfg.res)) if cfg.domain == "image" else (cfg.points, cfg.points)
-
-def cell_size(cfg, size, noise, refine):
+def cell_size(cfg, shape, noise, refine):
     """Pixels along a cell of `Velocity.interpolated`: a power of two, a quarter of a training pixel at most;
     0 where that is less than two pixels, and where nothing is to be interpolated."""
-    if cfg.domain != "image" or noise != "coupled" or not refine:
-        return 0
-    finer = min(size) // (4 * cfg.res)
+    finer = min(shape) // (4 * cfg.res) if noise == "coupled" and refine else 0
     return 2 ** (finer.bit_length() - 1) if finer > 1 else 0
 
-def smooth(grid, size, part):
-    """A smooth Gaussian field over the unit square at the pixels of a box: (B, M, 3), each standard normal.
-    White noise on a grid (B, cells, cells, 3), interpolated by a Gaussian of half a cell and divided by the
-    root of the sum of squared weights: a function of the place, so it is one field at every resolution."""
-    cells, (x0, y0, x1, y1) = grid.shape[1], part
+def smooth(grid, size, box):
+    """White noise on a grid (B, cells, cells, 3) over the unit square, interpolated by a Gaussian of half a
+    cell at the pixels of a box: (B, M, 3), each standard normal. It is one field at every resolution."""
+    cell = torch.arange(grid.shape[1], device=grid.device) + 0.5
 
     def weights(start, stop, side):
-        place = (torch.arange(start, stop, device=grid.device) + 0.5) * (cells / side)   # in cells
-        cell = torch.arange(cells, device=grid.device) + 0.5
+        place = (torch.arange(start, stop, device=grid.device) + 0.5) * (len(cell) / side)       # in cells
         weight = torch.exp(-2 * (place[:, None] - cell) ** 2)                            # (pixels, cells)
         return weight / weight.norm(dim=1, keepdim=True)
-    rows = torch.einsum("yi,bijc->byjc", weights(y0, y1, size[0]), grid)
-    return torch.einsum("xj,byjc->byxc", weights(x0, x1, size[1]), rows).flatten(1, 2)
+    rows = torch.einsum("yi,bijc->byjc", weights(box[1], box[3], size[0]), grid)
+    return torch.einsum("xj,byjc->byxc", weights(box[0], box[2], size[1]), rows).flatten(1, 2)
 
 # ---- Samples as files: 000000.png, or .npy, .ply and a preview .png; samples.json tells the setting
 
 DEFAULTS = dict(evaluations=100, rtol=1e-3, atol=1e-3, diffusion="sigma", last=0.004)      # of solvers
 WISHES = dict(size=None, crop=None, seed=0, classes=(), tokens=None, guidance=None, guidance_interval=(0, 1),
               solver=None, options={}, dtype="auto", noise="white", noise_length=4.0, refine=0.0)
+GENERATED = "guidance", "guidance_interval", "noise", "noise_length", "refine"             # of `generate`
 AT_ONCE = 2 ** 20         # queries of a batch: their state and noise are some 100 MB
 
 def resolve(cfg, checkpoint, size=None, **wishes):
-    """The whole setting of some samples as JSON values: wishes that are not None, over the recipe's defaults,
-    over WISHES."""
-    config, image = checkpoint["config"], cfg.domain == "image"
-    names, recipe = config["class_names"], config["sampling"]
+    """The setting of some samples as JSON values: wishes that are not None, over the recipe, over WISHES."""
+    config, names, recipe = (checkpoint["config"][key] for key in ("settings", "class_names", "sampling"))
     given = {name: wish for name, wish in dict(wishes, size=size).items() if wish is not None}
     setting = WISHES | {name: value for name, value in recipe.items() if name in WISHES} | given
     if not given.keys() <= WISHES.keys():
@@ -327,73 +288,66 @@ def resolve(cfg, checkpoint, size=None, **wishes):
         if given.get("guidance", 1) != 1:
             raise ValueError(f"--guidance {given['guidance']}: there are no classes, no --tokens to guide by")
         setting["guidance"] = 1.0
-    known = DEFAULTS | dict(steps=recipe["steps"], path=config["path"])
+    known = DEFAULTS | dict(steps=recipe["steps"], path=checkpoint["config"]["path"])
     takes = [name for name in known if name in inspect.signature(SOLVERS[setting["solver"]]).parameters]
-    for name in set(setting["options"]) - set(takes):
+    for name in setting["options"].keys() - takes:
         raise ValueError(f"--{name}: not of solver {setting['solver']}, which takes {', '.join(takes)}")
-    size, crop = setting["size"] or trained_size(cfg)[1], setting["crop"]
-    low, high = setting["guidance_interval"]
-    height, width = size if image else (size, 1)
-    x0, y0, x1, y1 = crop or (0, 0, width, height)
+    height, width = shape_of(cfg, setting["size"])
+    x0, y0, x1, y1 = setting["crop"] or (0, 0, width, height)
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise ValueError(f"--crop {crop}: expected x0,y0,x1,y1, x0 < x1 <= {width} and y0 < y1 <= {height}")
-    if setting["noise"] == "coupled" and not image:
+        raise ValueError(f"--crop {x0, y0, x1, y1}: expected x0,y0,x1,y1, x0 < x1 <= {width} "
+                         f"and y0 < y1 <= {height}")
+    if setting["noise"] == "coupled" and cfg.domain != "image":
         raise ValueError("--noise coupled: does not apply to point clouds")
+    low, high = setting["guidance_interval"]
     if not (setting["noise_length"] > 0 and setting["refine"] >= 0 and 0 <= low <= high <= 1):
         raise ValueError(f"--noise-length {setting['noise_length']}, --refine {setting['refine']}, "
                          f"--guidance-interval {low} {high}: expected > 0, >= 0, 0 <= LOW <= HIGH <= 1")
-    setting.update(size=size, shape=(y1 - y0, x1 - x0), classes=parse_classes(setting["classes"], names),
+    labels = {name: i for i, name in enumerate(names)}
+    if not any(name.isdecimal() for name in names):                    # then a class has its index as well
+        labels |= {str(i): i for i in range(len(names))}
+    for name in set(setting["classes"]) - set(labels):
+        raise ValueError(f"--class {name}: no such name or index; the {len(names)} classes are {names[:12]}")
+    setting.update(size=(height, width) if cfg.domain == "image" else height, shape=(y1 - y0, x1 - x0),
+                   classes=[labels[name] for name in setting["classes"]] or [*range(len(names))],
                    options={name: known[name] for name in takes} | setting["options"])
-    about = {name: config["settings"].get(name) for name in ("dataset", "category")}
+    about = {name: config.get(name) for name in ("dataset", "category")}
     about.update(ckpt_sha256=checkpoint["sha256"], step=checkpoint["step"], weights=checkpoint["weights"])
     return json.loads(json.dumps(about | setting))
 
 def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=False, **wishes):
     """Writes n samples of a loaded checkpoint (see `load`), or this process's share; returns their directory.
-    n: None is 16, or as many as have a million queries in all.
-    wishes: see WISHES; size and crop as size and part of `generate`, classes by name or index and taken in
-    turn, tokens a path for `read_tokens`, options those of the solver. Samples of the same setting that exist
-    are skipped."""
-    image, names, device = model.cfg.domain == "image", checkpoint["config"]["class_names"], model.device
-    setting = resolve(model.cfg, checkpoint, **wishes)
-    queries, options, classes = math.prod(setting["shape"]), setting["options"], setting["classes"]
+    n: None is 16, or as many as have a million queries in all. wishes: see WISHES and `generate`; classes are
+    names or indices, taken in turn, tokens a path. Samples of the same setting that exist are skipped."""
+    image, setting = model.cfg.domain == "image", resolve(model.cfg, checkpoint, **wishes)
+    queries, options, size = math.prod(setting["shape"]), setting["options"], setting["size"]
     if queries > 16 * AT_ONCE:
         raise ValueError(f"{queries:,} queries: at most {16 * AT_ONCE:,}; tools/poster.py draws more")
     tokens = read_tokens(setting["tokens"], model.cfg) if setting["tokens"] else None
-    if n is None:
-        n = max(1, min(16, AT_ONCE // queries))
-        if n < 16:
-            print0(f"{n} of 16 samples, since each has {queries:,} queries: --n gives more")
-    rows = [dict(file=f"{i:06d}.{'png' if image else 'npy'}", index=i) for i in range(n)]
-    for i, row in enumerate(rows if names else ()):
-        row.update(label=classes[i % len(classes)], class_name=names[classes[i % len(classes)]])
-    record = dict(setting, ckpt=str(checkpoint["path"]), n=n, nfe=None, complete=False, samples=rows,
-                  normalisation=checkpoint["config"]["normalisation"])
+    fits = max(1, AT_ONCE // queries)
+    if n is None and fits < 16:
+        print0(f"{fits} of 16 samples, since each has {queries:,} queries: --n gives more")
+    n = n or min(16, fits)
     code = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]
-    tag = "x".join(map(str, setting["size"])) if image else f"{setting['size']}points"
+    tag = "x".join(map(str, size)) if image else f"{size}points"
     out = Path(out or checkpoint["home"] / f"{tag}-seed{setting['seed']}-{code}")
-    todo = begin(out, record, setting)
-
-    batch = batch or max(1, min(64, AT_ONCE // queries))
-    refined = cell_size(model.cfg, setting["size"], setting["noise"], setting["refine"])       # pixels
-    if refined:
-        batch = 1                                                      # each has its own pixels to decode
+    record, todo = begin(out, n, setting, checkpoint, "png" if image else "npy")
+    refined = cell_size(model.cfg, size, setting["noise"], setting["refine"])              # pixels
+    batch = 1 if refined else batch or min(64, fits)                   # refined: each decodes its own pixels
     calls = (options.get("steps") or options["evaluations"]) * (2 if setting["solver"] == "heun" else 1)
-    print0(f"{n} samples at {tag}, step {setting['step']}, {setting['weights']} weights, {device}, to {out}")
+    print0(f"{n} samples at {tag}, step {setting['step']}, {setting['weights']} weights, {model.device}, "
+           f"to {out}")
     if todo and RANK == 0:
-        given = torch.stack(tokens[:1]).to(device) if tokens else None
-        seconds = len(todo) * calls * seconds_of_a_call(model, setting, queries, given)
+        seconds = len(todo) * calls * seconds_of_a_call(model, setting, tokens)
         least = f"{2 * seconds / refined ** 2:.0f} to " if refined else ""
         print0(f"about {least}{seconds:.0f} s: {len(todo)} x {calls} evaluations of {queries:,} queries")
-    started, bar = time.time(), progress_bar(len(todo), "sample")
-    for mine in (todo[i:i + batch] for i in range(0, len(todo), batch)):
-        given = torch.stack([tokens[i % len(tokens)] for i in mine]).to(device) if tokens else None
-        x, record["nfe"] = draw(model, setting, mine, tokens=given, chunk=chunk,
-                                progress=lambda share: bar.update(
-                                    min(len(mine) * share / calls, bar.total - bar.n)))
-        for i, values in zip(mine, x):
-            write_sample(out / rows[i]["file"], values, setting["shape"], image)
-    bar.close()
+    started = time.time()
+    with progress_bar(len(todo), "sample") as bar:
+        for mine in (todo[i:i + batch] for i in range(0, len(todo), batch)):
+            x, record["nfe"] = draw(model, setting, mine, tokens=tokens, chunk=chunk,
+                                    progress=lambda share: bar.update(len(mine) * share / calls))
+            for i, values in zip(mine, x):
+                write_sample(out / record["samples"][i]["file"], values, setting["shape"], image)
     wait_for_all()
     if RANK == 0:
         finish(out, record, npz)
@@ -402,63 +356,64 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     wait_for_all()                                              # whoever reads the record next finds it whole
     return out
 
-GENERATED = "guidance", "guidance_interval", "noise", "noise_length", "refine"             # of `generate`
-
-def draw(model, setting, indices, size=None, part=None, **more):
+def draw(model, setting, indices, size=None, part=None, tokens=None, **more):
     """`generate` with a setting of `resolve`, or another size and part: (B, M, 3) on the CPU, and the NFE."""
     classes, label = setting["classes"], None
     if classes:
         label = torch.tensor([classes[i % len(classes)] for i in indices], device=model.device)
+    if tokens:
+        tokens = torch.stack([tokens[i % len(tokens)] for i in indices]).to(model.device)
     with autocast(model.device, setting["dtype"], "float32"):
         x, nfe = generate(model, indices, setting["seed"], size or setting["size"], part or setting["crop"],
-                          label, solver=setting["solver"], **setting["options"], **more,
+                          label, tokens, solver=setting["solver"], **setting["options"], **more,
                           **{name: setting[name] for name in GENERATED})
     if not x.isfinite().all():
         raise ValueError(f"the {setting['weights']} weights of step {setting['step']}: non-finite samples")
     return x.float().cpu(), nfe
 
-def seconds_of_a_call(model, setting, queries, tokens):
-    """What one velocity of one sample takes, judged by an Euler step of some 4,096 queries."""
-    height, width = setting["shape"]
-    few = min(queries, 4096)
-    part = (0, 0, width, max(1, few // width)) if model.cfg.domain == "image" else (0, few)
-    once, taken = dict(setting, solver="euler", options={"steps": 1}, refine=0.0, noise="coupled"), []
-    for _ in range(2):                                                 # the first also warms up
+def seconds_of_a_call(model, setting, tokens):
+    """What one velocity of one sample takes, judged by an Euler step at another size than any trained on."""
+    probe = (64, 63) if model.cfg.domain == "image" else 64 * 63
+    once = setting | dict(size=probe, crop=None, solver="euler", options={"steps": 1}, refine=0.0)
+    for _ in range(2):                                                 # the first warms up
         began = time.time()
-        x, _ = draw(model, once, [0], setting["size"], part, tokens=tokens)
-        taken.append(time.time() - began)
-    context, trained = trained_size(model.cfg)
-    size = tuple(setting["size"]) if model.cfg.domain == "image" else setting["size"]
-    apart = size != trained or setting["noise"] != "white"
-    return min(taken) * (context + queries * apart) / (context + x.shape[1])
+        draw(model, once, [0], tokens=tokens)
+    trained = shape_of(model.cfg)
+    apart = shape_of(model.cfg, setting["size"]) != trained or setting["noise"] == "coupled"
+    N, queries = math.prod(trained), math.prod(setting["shape"]) * apart
+    return (time.time() - began) * (N + queries) / (N + 64 * 63)
 
-def begin(out, record, setting):
-    """Makes the directory and returns the samples missing there, this process's share of them."""
+def begin(out, n, setting, checkpoint, kind):
+    """Makes the directory; the record of its samples, and which of this process's share are missing there."""
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "samples.json"
+    names, classes, file = checkpoint["config"]["class_names"], setting["classes"], out / "samples.json"
+    rows = [dict(file=f"{i:06d}.{kind}", index=i) for i in range(n)]
+    for i, row in enumerate(rows if names else ()):
+        row.update(label=classes[i % len(classes)], class_name=names[classes[i % len(classes)]])
     old = json.loads(file.read_text()) if file.exists() else {}
     differ = [name for name in setting if old and old.get(name) != setting[name]]
     if differ:
         raise ValueError(f"{out}: holds samples with another {', '.join(differ)}; give another --out")
-    record.update(nfe=old.get("nfe"), samples=record["samples"] + old.get("samples", [])[record["n"]:])
+    record = dict(setting, ckpt=str(checkpoint["path"]), n=n, nfe=old.get("nfe"), complete=False,
+                  samples=rows + old.get("samples", [])[n:],
+                  normalisation=checkpoint["config"]["normalisation"])
     wait_for_all()
     if RANK == 0:
         write_json(file, record)
-    share = range(RANK, record["n"], WORLD)
-    return [i for i in share if not old or not (out / record["samples"][i]["file"]).exists()]
+    return record, [i for i in range(RANK, n, WORLD) if not old or not (out / rows[i]["file"]).exists()]
 
 def finish(out, record, npz):
     """grid.png of the first 64, samples.npz (ADM's) if asked for, and the finished samples.json."""
     rows = record["samples"]
     files = [(out / row["file"]).with_suffix(".png") for row in rows]
-    small = [Image.open(file) for file in files[:64]]
-    for image in small:
-        image.thumbnail((512, 512))
-    write_png(out / "grid.png", grid_image([np.asarray(image) for image in small]))
     if npz:
         images = [np.asarray(Image.open(file)) for file in files]
         labels = [row.get("label", 0) for row in rows]
         write_atomic(out / "samples.npz", lambda f: np.savez(f, arr_0=np.stack(images), arr_1=labels))
+    small = [Image.open(file) for file in files[:64]]
+    for image in small:
+        image.thumbnail((512, 512))
+    write_png(out / "grid.png", grid_image([np.asarray(image) for image in small]))
     write_json(out / "samples.json", record | dict(n=len(rows), complete=True))
 
 def write_sample(path, values, shape, image):
@@ -467,8 +422,8 @@ def write_sample(path, values, shape, image):
     pixels = to_pixels(values, *shape) if image else draw_points(points)
     write_png(path.with_suffix(".png"), Image.fromarray(pixels))
     if not image:
-        header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n"
-        header += "".join(f"property float {axis}\n" for axis in "xyz") + "end_header\n"
+        header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\nproperty float x\n"
+        header += "property float y\nproperty float z\nend_header\n"
         write_atomic(path.with_suffix(".ply"), lambda f: f.write(header.encode() + points.tobytes()))
         write_atomic(path, lambda f: np.save(f, points))
 
@@ -523,8 +478,9 @@ def find_checkpoint(path=None):
     """What --ckpt names: a file, a run directory, or a shipped model; None: the newest run, else glyphs."""
     runs = sorted(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime)
     shipped = {file.stem: file for file in WEIGHTS.glob("*.pt")}
-    found = Path(path) if path else runs[-1].parent if runs else shipped.get("glyphs")
-    found = found if found and found.exists() else shipped.get(str(path))
+    if path and Path(path).exists():
+        return Path(path)
+    found = shipped.get(path) if path else runs[-1].parent if runs else shipped.get("glyphs")
     if not found:
         raise ValueError(f"--ckpt {path}: expected a checkpoint or run directory of `python train.py`, or a "
                          f"shipped model ({', '.join(sorted(shipped))})")
@@ -535,25 +491,20 @@ def find_checkpoint(path=None):
 def read_checkpoint(path, mmap=False):
     """A checkpoint of train.py on the CPU, with its `path`; of a run directory the newest whole one."""
     for file in checkpoints(path) if Path(path).is_dir() else [Path(path)]:
+        file.stat()                                                    # a missing file is no damaged one
         try:
-            written = file.stat().st_mtime_ns
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()                           # torch compares no checksums of its own
             ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-            if file.stat().st_mtime_ns != written:                     # a training replaced it meanwhile
-                return read_checkpoint(path, mmap)
             if not damaged and {"ema", "step", "config"} <= {*ckpt}:
                 return dict(ckpt, path=file)
-        except FileNotFoundError:
-            raise
         except Exception as e:                                         # broken bytes raise nearly anything
             damaged = type(e).__name__
         print0(f"warning: {file}: not a whole checkpoint of train.py ({damaged})", sys.stderr)
     raise ValueError(f"{path}: no readable checkpoint; expected a ckpt.pt of train.py, or its run directory")
 
 def load(path=None, weights="ema"):
-    """The model of a checkpoint (evaluation mode, CPU; see `find_checkpoint`), and the checkpoint, whose
-    `home` is where its samples go by default."""
+    """The model of a checkpoint (evaluation mode, CPU), and the checkpoint; its `home` is for its samples."""
     ckpt = read_checkpoint(find_checkpoint(path), mmap=True)
     file = ckpt["path"].resolve()
     home = Path("samples", file.stem) if file.parent == WEIGHTS else ckpt["path"].parent / "samples"
@@ -570,10 +521,10 @@ def read_tokens(path, cfg):
     """Condition tokens (T, token_dim), key `cond_token`, of an .npz, or of every .npz below a directory."""
     try:
         files = sorted(Path(path).rglob("*.npz")) if Path(path).is_dir() else [path]
-        found = [torch.from_numpy(np.load(f, allow_pickle=False)["cond_token"]).float() for f in files]
-        if {x.shape for x in found} == {(len(found[0]), cfg.token_dim)}:
-            return found
-        found = sorted({tuple(x.shape) for x in found})
+        tokens = [torch.from_numpy(np.load(f, allow_pickle=False)["cond_token"]).float() for f in files]
+        found = sorted({tuple(x.shape) for x in tokens})
+        if found == [(len(tokens[0]), cfg.token_dim)]:
+            return tokens
     except Exception as e:                                             # as above
         found = type(e).__name__
     raise ValueError(f"--tokens {path}: found {found}; expected `cond_token` (T, {cfg.token_dim}), one T")
@@ -673,11 +624,10 @@ def box(text):
 
 def parse_size(text, cfg):
     """--res: a side, HEIGHTxWIDTH, or so many times the training resolution, as in 4x."""
-    found = re.fullmatch(r"([1-9]\d*)(x?)([1-9]\d*)?", text)
-    if not found:
+    if not re.fullmatch(r"[1-9]\d*(x|x[1-9]\d*)?", text):
         raise ValueError(f"--res {text}: expected a size such as 512, 192x320, or 4x, times that of training")
-    height, width = int(found[1]), int(found[3] or found[1])
-    return (height * cfg.res, height * cfg.res) if text.endswith("x") else (height, width)
+    height, _, width = text.partition("x")
+    return (int(height) * cfg.res,) * 2 if text.endswith("x") else (int(height), int(width or height))
 
 def check_compiler(device):
     """torch.compile would fail in the first step, in many lines, where it finds no compiler."""
@@ -689,17 +639,9 @@ def check_compiler(device):
 
 def compile_parts(model):
     """Compiles encoder and decoder; chunks and batches of another size share a graph after the first two."""
+    check_compiler(model.device)
     for name in ("encode", "prepare", "decode"):
         setattr(model, name, torch.compile(getattr(model, name)))
-
-def parse_classes(wanted, names):
-    """Labels of class names, or of indices where no name is a number; all classes where none is wanted."""
-    labels = {name: i for i, name in enumerate(names)}
-    if not any(name.isdecimal() for name in names):
-        labels |= {str(i): i for i in range(len(names))}
-    for name in set(wanted) - set(labels):
-        raise ValueError(f"--class {name}: no such name or index; the {len(names)} classes are {names[:12]}")
-    return [labels[name] for name in wanted] or [*range(len(names))]
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -747,7 +689,6 @@ def main(argv=None):
             raise ValueError(f"--{name}: does not apply to a checkpoint of domain {model.cfg.domain}")
     model.to(start_processes(args.device, "gloo"))
     if args.compile:
-        check_compiler(model.device)
         compile_parts(model)
     options = {name: getattr(args, name) for name in ("steps", *DEFAULTS) if getattr(args, name) is not None}
     size = parse_size(args.res or "1x", model.cfg) if image else args.points

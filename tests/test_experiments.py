@@ -1,5 +1,6 @@
 """tools/poster.py and tools/plan.py, and that every script of experiments/ starts."""
 import importlib
+import json
 import subprocess
 import sys
 
@@ -37,11 +38,24 @@ def test_the_plan_needs_neither_data_nor_gpu(capsys, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="3 processes"):
         plan.main(["--dataset", "imagenet256", "--gpus", "3"])
 
-@pytest.mark.parametrize("name", ["bench", "chaos", "claims", "glyph_report", "noise", "peer", "upscale"])
+@pytest.mark.parametrize("name", ["bench", "chaos", "claims", "gallery", "glyph_report", "gpu", "noise", "peer", "upscale"])
 def test_experiments_start(name):
     run = subprocess.run([sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"],
                          capture_output=True, text=True)
     assert run.returncode == 0 and f"experiments/{name}.py" in run.stdout, run.stderr
+
+def test_the_checks_for_a_gpu_run_on_the_cpu(tmp_path, monkeypatch):
+    """experiments/gpu.py --dry but for the killed run, which experiments/chaos.py tries; and no GPU is said."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    gpu = importlib.import_module("gpu")
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["numbers", "compiled", "speed", "sampling", "metrics", "--dry", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert ended.value.code == 0 and len(rows) > 20 and all(row["ok"] for row in rows), rows
+    assert (tmp_path / "gpu.md").read_text().count("\n| ") == len(rows) + 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device"):
+        gpu.main(["numbers"])
 
 def test_a_claim_runs_whole_and_is_not_done_twice(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))

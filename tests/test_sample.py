@@ -176,9 +176,8 @@ def test_guidance_has_an_interval():
 
 def test_noise_is_a_function_of_place():
     size = 130, 150
-    whole, part = sample.numbers(size, (0, 0, 150, 130)), sample.numbers(size, (70, 60, 140, 129))
-    assert torch.equal(whole, torch.arange(130 * 150)) and torch.equal(sample.numbers(9, (3, 7)), whole[3:7])
-    assert torch.equal(part, whole.view(size)[60:129, 70:140].flatten())
+    whole = torch.arange(130 * 150)
+    part = whole.view(size)[60:129, 70:140].flatten()
     samples = torch.tensor([1, 5])
     x = sample.normals(sample.random_words("query", 0, 0, samples, items=whole))
     words = sample.random_words("query", 0, 0, samples[1:], items=part)
@@ -433,6 +432,7 @@ def test_shipped_models_have_names(run, tmp_path, monkeypatch, capsys):
 
 def test_missing_checkpoint_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "WEIGHTS", tmp_path)
     with pytest.raises((ValueError, OSError), match="nowhere"):
         main(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="python train.py"):

@@ -539,6 +539,16 @@ def test_recipes_are_the_papers():
         size = dict(points=r["points"]) if "points" in r else dict(res=r.get("res", 32))
         assert train.configure(args, 1, **size).width
 
+def test_a_labelled_recipe_needs_classes(tmp_path):
+    """If ImageNet were trained without classes since --data named one of its directories."""
+    images(tmp_path / "set", 3)
+    words = ["--dataset", "imagenet128", "--data", str(tmp_path / "set"), "--batch-size", "2"]
+    args, given, _ = train.settings([*words, "--out", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="set: found no classes; expected .*; --no-labels trains without"):
+        train.build(args, given)
+    args, given, _ = train.settings([*words, "--no-labels", "--out", str(tmp_path / "run")])
+    assert train.build(args, given)[1].n_classes == 0
+
 def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch):
     """Nothing in a step reads a number back to the host, or a shape from the data: on a GPU each would be a
     wait."""
