@@ -38,14 +38,15 @@ def test_the_plan_needs_neither_data_nor_gpu(capsys, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="3 processes"):
         plan.main(["--dataset", "imagenet256", "--gpus", "3"])
 
-@pytest.mark.parametrize("name", ["bench", "chaos", "claims", "gallery", "glyph_report", "gpu", "noise", "peer", "upscale"])
+@pytest.mark.parametrize("name", ["bench", "chaos", "claims", "gallery", "glyph_report", "gpu", "noise", "peer",
+                                  "upscale"])
 def test_experiments_start(name):
     run = subprocess.run([sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"],
                          capture_output=True, text=True)
     assert run.returncode == 0 and f"experiments/{name}.py" in run.stdout, run.stderr
 
 def test_the_checks_for_a_gpu_run_on_the_cpu(tmp_path, monkeypatch):
-    """experiments/gpu.py --dry but for the killed run, which experiments/chaos.py tries; and no GPU is said."""
+    """experiments/gpu.py --dry but for the killed run, which experiments/chaos.py tries; no GPU is said."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     gpu = importlib.import_module("gpu")
     with pytest.raises(SystemExit) as ended:

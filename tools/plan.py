@@ -75,7 +75,8 @@ def main(argv=None):
     cfg, again = train.configure(args, own.gpus, **{name: size}), args.grad_checkpoint
     flops, parameters = forward_flops(cfg, args.decode)
     total = (4 if again else 3) * args.batch_size * args.steps * flops           # backward: twice the forward
-    rate, state, share = own.gpus * H100_FLOPS * own.utilisation, STATE * parameters, args.batch_size // own.gpus
+    rate, state = own.gpus * H100_FLOPS * own.utilisation, STATE * parameters
+    share = args.batch_size // own.gpus
     for pieces in (n for n in range(args.accumulate or 1, share + 1) if share % n == 0):
         micro = share // pieces
         activations = activation_bytes(cfg, args.decode, micro, again)
@@ -85,7 +86,8 @@ def main(argv=None):
 model {model:8} {parameters / 1e6:.1f}M parameters without class embeddings
 FLOPs          {flops / 1e9:.1f} GFLOP forward a sample, {total / 1e18:.4g} EFLOP in all
 steps          {args.steps:,} of {args.batch_size} samples, {args.steps * args.batch_size / 1e6:,.1f}M samples
-memory a GPU   {state / 1e9:.1f} GB state + {activations / 1e9:.1f} GB activations of {micro} samples, {pieces} micro-batches
+memory a GPU   {state / 1e9:.1f} GB state + {activations / 1e9:.1f} GB activations of {micro} samples
+micro-batches  {pieces} a step
 time           {total / rate / 86400:,.1f} days on {own.gpus} H100 at {own.utilisation:g} of 989 TFLOP/s""")
 
 if __name__ == "__main__":
