@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.weak import WeakIdKeyDictionary
 
 import model as asft
 import sample
@@ -37,6 +38,25 @@ def test_the_plan_needs_neither_data_nor_gpu(capsys, tmp_path, monkeypatch):
     assert "102.9 GFLOP" in text and "days on 8 H100" in text and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="3 processes"):
         plan.main(["--dataset", "imagenet256", "--gpus", "3"])
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_plan_is_what_a_real_step_holds(again, monkeypatch):
+    """S at 256, float32, within a tenth; with recomputed blocks the peak comes late, beside the gradients."""
+    monkeypatch.setattr(asft.WindowAttention, "AT_A_TIME", {"cpu": 2 ** 28, "cuda": 2 ** 28})
+    cfg, decoded = asft.config("S", n_classes=10), 8192
+    planned = plan.activation_bytes(cfg, decoded, 1, again, torch.float32)
+    net = asft.ASFT(cfg)
+    net.grad_checkpoint = again
+    for p in net.parameters():                                         # gates at zero would stop gradients
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    N, coords = cfg.res ** 2, asft.image_coords(cfg.res)
+    x0, eps, query = torch.randn(1, N, 3), torch.randn(1, N, 3), torch.randperm(N)[None, :decoded]
+    with plan.Alive() as alive:
+        alive.known = WeakIdKeyDictionary()
+        asft.cicfm_loss(net, coords, x0, eps, torch.rand(1), query, label=torch.tensor([1])).backward()
+    gradients = 4 * sum(p.numel() for p in net.parameters())
+    assert abs((planned + again * gradients) / alive.peak - 1) < 0.1
 
 @pytest.mark.parametrize("name", ["bench", "chaos", "claims", "gallery", "glyph_report", "gpu", "noise", "peer",
                                   "upscale"])

@@ -40,8 +40,8 @@ class Alive(TorchDispatchMode):
                 weakref.finalize(storage, self.add, -storage.nbytes())
         return out
 
-def activation_bytes(cfg, decoded, batch, grad_checkpoint=False):
-    """Most bytes that a training step in bfloat16 holds at once besides STATE. Its backward pass goes to the
+def activation_bytes(cfg, decoded, batch, grad_checkpoint=False, dtype=torch.bfloat16):
+    """Most bytes that a training step holds at once besides STATE. Its backward pass goes to the
     noise: it recomputes and frees what that to the weights does, but leaves no gradient of a weight."""
     with FakeTensorMode():
         model, N = ASFT(cfg), cfg.res ** 2 if cfg.domain == "image" else cfg.points
@@ -54,7 +54,7 @@ def activation_bytes(cfg, decoded, batch, grad_checkpoint=False):
         tokens = torch.empty(batch, 576, cfg.token_dim) if cfg.token_dim else None
         with Alive() as alive:
             alive.known = WeakIdKeyDictionary()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = cicfm_loss(model, coords, x0, eps, torch.empty(batch), query, tokens=tokens)
             torch.autograd.grad(loss, eps)
     return alive.peak
