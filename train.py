@@ -11,7 +11,6 @@ import inspect
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -20,7 +19,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +37,11 @@ from sample import (RANK, SOLVERS, WORLD, autocast, check_compiler, checkpoints,
 
 # ---- Recipes: every value is a default that a flag of the same name overrides ------------------------------
 
-# App. A of the paper
 PAPER = dict(lr=1e-4, warmup=0, schedule="constant", ema=0.999, clip=2.0, drop=0.1, path="linear",
              times="uniform", beta2=0.999, flip=False, solver="euler", sampling_steps=100, guidance=1.0,
-             noise="white", noise_length=4.0, refine=0.0)
-IMAGENET = dict(PAPER, loader="folder", model="XL", batch_size=512, steps=1_700_000, guidance=1.5, flip=True)
+             noise="white", noise_length=4.0, refine=0.0)                                    # its App. A
+IMAGENET = dict(PAPER, loader="folder", model="XL", batch_size=512, steps=1_700_000, guidance=1.5, flip=True,
+                labels=True)
 SCENES = dict(PAPER, loader="folder", model="B", res=256, decode=8192, batch_size=256, steps=1_000_000,
               flip=True, labels=False)
 SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=10_000, lr=2e-3, warmup=100,
@@ -142,6 +141,8 @@ def parser():
 def settings(argv=None):
     """Flags over a resumed run's settings over recipe over defaults; the flags given; the checkpoint."""
     given = {name: value for name, value in vars(parser().parse_args(argv)).items() if value is not None}
+    if "local_rank" in given:
+        raise ValueError("--local-rank: python -m torch.distributed.launch gives it; start with torchrun")
     resume, stored, ckpt = given.get("resume"), {}, None
     out = Path(given.get("out", f"runs/{given.get('dataset', 'glyphs')}"))
     if resume == "auto" and not checkpoints(out):
@@ -154,17 +155,15 @@ def settings(argv=None):
     for name in ("dataset", "model", "batch_size", "seed"):            # data order and weights rest on them
         if stored and given.get(name, stored[name]) != stored[name]:
             raise ValueError(f"--{name} {given[name]}: the run to resume has {stored[name]}")
-    if "local_rank" in given:
-        raise ValueError("--local-rank: python -m torch.distributed.launch gives it; start with torchrun")
-    dataset = given.get("dataset", stored.get("dataset", "glyphs"))
     if "init" in given:                                    # its architecture is the default
         old = read_checkpoint(find_checkpoint(given["init"]), mmap=True)["config"]["settings"]
         stored = {name: old[name] for name in ("model", *ARCHITECTURE)} | stored
+    defaults = {name: default for name, (default, _, _) in FLAGS.items()}
+    dataset = (defaults | stored | given)["dataset"]
     recipe, cpu = RECIPES[dataset], given.get("device") == "cpu" or not torch.cuda.is_available()
     if dataset in ON_CPU and cpu and not stored and "model" not in given:
         print0(f"no CUDA device: the small recipe for {dataset}; --model {recipe['model']} gives the paper's")
         recipe = ON_CPU[dataset]
-    defaults = {name: default for name, (default, _, _) in FLAGS.items()}
     args = argparse.Namespace(**defaults | recipe | stored | given | dict(dataset=dataset, out=str(out)))
     for name, (low, high) in RANGES.items():
         if not low <= getattr(args, name) <= high:
@@ -221,39 +220,40 @@ def learning_rate(args, step):
 
 def main(argv=None):
     args, given, ckpt = settings(argv)
-    device, out = start_processes(args.device), Path(args.out)
+    device = start_processes(args.device)
     dataset, cfg = build(args, given)
-    model, ema, optimizer, step = start(args, cfg, ckpt, dataset, device)
-    net = wrap(model, args, device)                                    # `net` is called, `model` is saved
     run = describe(args, cfg, dataset)
-    records, board = (open_run(out, run, ckpt), open_board(args, out, run)) if RANK == 0 else ([], None)
-    workers = args.workers
-    if workers is None:    # on a CPU a data process takes time from training, and pays where files are read
-        workers = 4 if device.type == "cuda" else int(args.loader in ("folder", "shapenet", "objaverse"))
+    model, ema, optimizer, net = start(args, cfg, ckpt, dataset, device)   # net is called, model is saved
+    step = resume(ckpt, run, model, ema, optimizer) if ckpt else 0
+    folder = RunDirectory(args, run, ckpt)
     coords = image_coords(cfg.res, device=device) if cfg.domain == "image" else None
     pieces = args.accumulate or fewest(args.batch_size // WORLD, fits, model, coords, dataset, args, device)
     micro, left_out = args.batch_size // WORLD // pieces, {} if args.skip_bad else None
+    workers = args.workers
+    if workers is None:    # on a CPU a data process takes time from training, and pays where files are read
+        workers = 4 if device.type == "cuda" else int(args.loader in ("folder", "shapenet", "objaverse"))
     batches = data.loader(dataset, args.seed, step, args.batch_size, micro, RANK, WORLD, workers,
                           pin=device.type == "cuda", skip_bad=left_out)
-    signals, fault, stop, row = [], None, False, []
+    signals, stop, bad_row = [], None, 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    sums, skipped = torch.zeros(4, device=device), []      # loss, finite losses, stopping, items left out
-    writer = Writer(out, step if ckpt and ckpt["path"].resolve() == (out / "ckpt.pt").resolve() else None)
+    sums = torch.zeros(5, device=device)       # loss, finite losses, skipped steps, signals, items left out
     bar, logged, began = progress_bar(args.steps, "step", step), step, time.time()
 
+    def due(every):
+        return step > 0 and (last or step % every == 0)
+
     while True:
-        last = step >= args.steps or stop
-        scored = args.eval_every and step and (step % args.eval_every == 0 or last) and not stop
-        if RANK == 0 and step not in (0, writer.saved) and (step % args.save_every == 0 or scored or last):
-            writer.save(step, model, ema, optimizer, run, args.keep, wait=last)
-        if step and not stop and (step % args.sample_every == 0 or last):
-            sample_sheet(out, step, model, ema, args, dataset, device, board)
-        if RANK == 0 and scored and {step} - {r["step"] for r in records if "eval" in r}:
-            writer.wait()
-            attempt(evaluate, out, args, step, device, records, board)
-        if RANK == 0 and (step % args.save_every == 0 or scored or last):
-            attempt(draw_curve, out / "loss.png", records)
+        last = stop or step >= args.steps
+        scored = args.eval_every and due(args.eval_every) and not stop
+        saved = due(args.save_every) or scored
+        if saved and RANK == 0:
+            folder.save(step, model, ema, optimizer, last)
+            if scored:
+                attempt(folder.evaluate, step, device)
+            attempt(folder.draw_curve)
+        if due(args.sample_every) and not stop:
+            sample_sheet(folder, step, model, ema, dataset)
         if last:
             break
 
@@ -264,7 +264,7 @@ def main(argv=None):
         except ValueError as e:                            # an item; the weights are those of this step
             if WORLD > 1:
                 raise
-            fault, stop = e, True
+            stop = e
             continue
         for i, part in enumerate(parts, RANK * pieces):
             with net.no_sync() if WORLD > 1 and part is not parts[-1] else nullcontext():
@@ -274,35 +274,35 @@ def main(argv=None):
             sums[0] += loss.detach().nan_to_num(0, 0, 0)
             sums[1] += loss.detach().isfinite()
         norm = update(model, ema, optimizer, step, args)
-        skipped.append(optimizer.found_inf)
+        sums[2] += optimizer.found_inf
+        bad_row = (bad_row + 1) * optimizer.found_inf      # skipped steps in a row
         step += 1
         bar.update()
 
-        due = step % args.log_every == 0 or step % args.save_every == 0 or step == args.steps
-        if due or signals and WORLD == 1:
-            sums[2:] += torch.tensor([len(signals), len(left_out or ())], device=device)
+        log_due = step % args.log_every == 0 or step % args.save_every == 0 or step == args.steps
+        if log_due or signals and WORLD == 1:
+            sums[3:] += torch.tensor([len(signals), len(left_out or ())], device=device)
             if WORLD > 1:
                 dist.all_reduce(sums)                      # processes see a signal at different steps
-            total, finite, stopping, bad_items = sums.tolist()
-            flags, stop = torch.stack(skipped).tolist(), stopping > 0
-            record = dict(step=step, loss=total / finite if finite else None, grad_norm=norm.item(),
-                          lr=group["lr"], skipped=int(sum(flags)), left_out=int(bad_items),
-                          peak_gb=peak_memory(device),
-                          samples_per_s=round((step - logged) * args.batch_size / (time.time() - began), 2))
+            total, finite, skipped, stopping, missing = sums.tolist()
+            stop = "stopped by a signal" if stopping else None
+            rate = (step - logged) * args.batch_size / (time.time() - began)
+            record = dict(step=step, loss=total / finite if finite else None,
+                          grad_norm=norm.item() if norm.isfinite() else None, lr=group["lr"],
+                          skipped=int(skipped) // WORLD, left_out=int(missing), peak_gb=peak_memory(device),
+                          samples_per_s=round(rate, 2))
             if RANK == 0:
-                log(out, records, record, args, bar, board)
-            row = (row + flags)[-args.max_bad_steps:]
-            if sum(row) == args.max_bad_steps:
-                raise ValueError(f"{len(row)} steps in a row up to {step} were not finite (--max-bad-steps)")
+                folder.log(record, bar)
+            if bad_row >= args.max_bad_steps:
+                count = int(bad_row)
+                raise ValueError(f"{count} steps in a row up to {step} were not finite (--max-bad-steps)")
             sums.zero_()
-            skipped.clear()
             logged, began = step, time.time()
 
     bar.close()
-    if fault:
-        raise ValueError(f"{fault}; step {step} is saved, continue with --resume auto")
-    how = "stopped by a signal" if stop else "done"
-    print0(f"{how} at step {step}; draw samples with: python sample.py --ckpt {out}")
+    if isinstance(stop, ValueError):
+        raise ValueError(f"{stop}; step {step} is saved, continue with --resume auto")
+    print0(f"{stop or 'done'} at step {step}; draw samples with: python sample.py --ckpt {args.out}")
 
 # ---- Set-up -----------------------------------------------------------------------------------------------
 
@@ -310,12 +310,15 @@ def build(args, given):
     """Data set and model configuration. Raises ValueError for flags that do not fit them."""
     options = {name: getattr(args, name) for name in ("res", "points", "category", "flip", "labels")}
     takes = inspect.signature(data.DATASETS[args.loader]).parameters
-    for name in given:
-        if (name in options or name == "data") and name.replace("data", "path") not in takes:
-            raise ValueError(f"--{name}: does not apply to --dataset {args.dataset}")
+    takes = {name.replace("path", "data") for name in takes}
+    for name in given.keys() & {"data", *options} - takes:
+        raise ValueError(f"--{name}: does not apply to --dataset {args.dataset}")
     dataset, domain = data.load(args.loader, args.data, **options), PRESETS[args.model].get("domain", "image")
     if dataset.domain != domain:
         raise ValueError(f"--model {args.model}: it is for {domain}, the data set for {dataset.domain}")
+    if args.labels and not dataset.class_names:
+        raise ValueError(f"--data {args.data}: found no classes; expected a directory for each; "
+                         "--no-labels trains without")
     size = {"res": dataset.res} if domain == "image" else {"points": dataset.points}
     return dataset, configure(args, WORLD, n_classes=len(dataset.class_names),
                               token_dim=getattr(dataset, "token_dim", 0), **size)
@@ -323,19 +326,29 @@ def build(args, given):
 def configure(args, processes, **changes):
     """The model configuration. Raises ValueError where batch or decoded pairs do not fit it."""
     changes |= {name: getattr(args, name) for name in ARCHITECTURE if getattr(args, name) is not None}
-    cfg = config(args.model, **changes)
+    cfg, pieces = config(args.model, **changes), args.accumulate or 1
     N = cfg.res ** 2 if cfg.domain == "image" else cfg.points
     if args.decode > N:
         raise ValueError(f"--decode {args.decode}: expected at most {N}, the pairs of a training sample")
-    if args.batch_size % (processes * (args.accumulate or 1)):
+    if args.batch_size % (processes * pieces):
         raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {processes} processes x "
-                         f"{args.accumulate or 1} micro-batches (--accumulate)")
+                         f"{pieces} micro-batches (--accumulate)")
     return cfg
 
+def describe(args, cfg, dataset):
+    """What config.json and every checkpoint say of a run."""
+    names = "solver", "guidance", "noise", "noise_length", "refine"
+    sampling = {name: getattr(args, name) for name in names}
+    return dict(model=vars(cfg), class_names=dataset.class_names, items=len(dataset), path=args.path,
+                sampling=dict(sampling, steps=args.sampling_steps), tokens=getattr(dataset, "spec", None),
+                normalisation="box" if cfg.domain == "points" else None, settings=vars(args))
+
 def start(args, cfg, ckpt, dataset, device):
-    """Model, averaged model, optimizer and step: new ones, or those of the checkpoint."""
+    """A new model, its average, its optimizer, and it compiled and shared out among processes."""
     if args.deterministic:
-        make_deterministic()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)            # its backward pass adds in any order
     torch.manual_seed(args.seed)
     model = ASFT(cfg)
     if args.init and not ckpt:
@@ -343,76 +356,76 @@ def start(args, cfg, ckpt, dataset, device):
     model.to(device).grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
-    classes, size = len(dataset.class_names), sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f"{args.dataset}: {len(dataset)} items, {getattr(dataset, 'about', f'{classes} classes')}; "
-           f"{args.model}, {size:.1f}M parameters, on {device}; {args.out}")
-    if not ckpt:
-        return model, ema, optimizer, 0
-    file, before, steps = ckpt["path"], ckpt["config"], [ckpt["step"]] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(steps, ckpt["step"])
-    differ = [key for key, value in asdict(cfg).items() if before["model"].get(key) != value]
-    if len({*steps}) > 1 or differ or before["class_names"] != dataset.class_names:
-        raise ValueError(f"{file}: its run has other {', '.join(differ) or 'classes'} (or steps: {steps})")
-    if before["items"] != len(dataset):
-        print0(f"warning: {len(dataset)} items, {before['items']} before: the data order changes here")
-    try:
-        model.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
-        # learning rate and betas are those of the flags
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(ckpt["optimizer"] | dict(param_groups=groups))
-    except (RuntimeError, KeyError, ValueError) as e:
-        raise ValueError(f"{file}: not a checkpoint to train on ({str(e)[:300]})") from None
-    print0(f"resumed at step {ckpt['step']}")
-    rates = [learning_rate(argparse.Namespace(**before["settings"]), max(0, ckpt["step"] - 1)),
-             learning_rate(args, ckpt["step"])]
-    if max(rates) > 2 * min(rates):
-        print0(f"warning: the learning rate jumps from {rates[0]:.3g} to {rates[1]:.3g} (--steps)")
-    return model, ema, optimizer, ckpt["step"]
-
-def initialise(model, path, class_names):
-    """Averaged weights of any checkpoint; the embedding of other classes than its own stays newly drawn."""
-    ckpt = read_checkpoint(find_checkpoint(path))
-    old, state = ckpt["config"]["class_names"], dict(ckpt["ema"])
-    if old != class_names and state.pop("classes.weight", None) is not None:
-        print0(f"--init {path}: embeddings of {len(class_names)} classes are new, instead of its {len(old)}")
-    try:
-        missing, other = model.load_state_dict(state, strict=False)
-    except RuntimeError as e:                              # shapes
-        missing, other = [str(e)[:300]], []
-    if {*missing, *other} - {"classes.weight"}:
-        raise ValueError(f"--init {path}: does not fit --model: {', '.join([*missing, *other][:3])}")
-
-def wrap(model, args, device):
-    """The model, compiled and shared out among processes as the flags ask for."""
+    about = getattr(dataset, "about", f"{len(dataset.class_names)} classes")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print0(f"{args.dataset}: {len(dataset)} items, {about}; {args.model}, {size:.1f}M parameters, "
+           f"on {device}; {args.out}")
     net = model
     if args.compile or args.compile is None and device.type == "cuda":
         check_compiler(device)
         net = torch.compile(model)
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-    return net
+    return model, ema, optimizer, net
+
+def initialise(model, path, class_names):
+    """Averaged weights of any checkpoint; the embedding of other classes than its own stays newly drawn."""
+    ckpt = read_checkpoint(find_checkpoint(path))
+    old, state = ckpt["config"]["class_names"], ckpt["ema"]
+    if old != class_names:
+        print0(f"--init {path}: embeddings of {len(class_names)} classes are new, instead of its {len(old)}")
+        state.pop("classes.weight", None)
+        if class_names:
+            state["classes.weight"] = model.classes.weight
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"--init {path}: does not fit --model: {str(e)[:300]}") from None
+
+def resume(ckpt, run, model, ema, optimizer):
+    """Loads a checkpoint; returns its step. Raises ValueError where `run` is of another model or classes."""
+    file, step, before, steps = ckpt["path"], ckpt["step"], ckpt["config"], gather(ckpt["step"])
+    differ = [name for name, value in run["model"].items() if before["model"].get(name) != value]
+    if len({*steps}) > 1 or differ or before["class_names"] != run["class_names"]:
+        raise ValueError(f"{file}: its run has other {', '.join(differ) or 'classes'} (or steps: {steps})")
+    if before["items"] != run["items"]:
+        print0(f"warning: {run['items']} items, {before['items']} before: the data order changes here")
+    groups = optimizer.state_dict()["param_groups"]                    # learning rate and betas of the flags
+    try:
+        model.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        optimizer.load_state_dict(dict(ckpt["optimizer"], param_groups=groups))
+    except (RuntimeError, KeyError, ValueError) as e:                  # exported weights alone, or other code
+        raise ValueError(f"{file}: not a checkpoint to train on ({str(e)[:300]})") from None
+    print0(f"resumed at step {step}")
+    old, new = (argparse.Namespace(**config["settings"]) for config in (before, run))
+    rates = learning_rate(old, max(0, step - 1)), learning_rate(new, step)
+    if max(rates) > 2 * min(rates):
+        print0(f"warning: the learning rate jumps from {rates[0]:.3g} to {rates[1]:.3g} (--steps)")
+    return step
+
+def gather(thing):
+    """What every process has, in a list."""
+    things = [thing] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(things, thing)
+    return things
 
 def fewest(items, fits, *task):
     """How many micro-batches a process's share of a step is cut into: as few as let every process fit it."""
     for pieces in (n for n in range(1, items + 1) if items % n == 0):
-        enough = torch.tensor(float(fits(items // pieces, *task)), device=task[-1])
-        if WORLD > 1:
-            dist.all_reduce(enough, dist.ReduceOp.MIN)
-        if enough or pieces == items:
+        if all(gather(fits(items // pieces, *task))) or pieces == items:
             print0(f"a step: {WORLD} processes x {pieces} micro-batches x {items // pieces} items")
             return pieces
 
 def fits(n, model, coords, dataset, args, device):
-    """Whether n items, and the optimizer's state to come, take at most nine tenths of the GPU: it is tried."""
+    """Whether n items, and the optimizer's state to come, take at most 0.9 of the GPU. It is tried."""
     if device.type != "cuda":
         return True
-    cfg, images = model.cfg, model.cfg.domain == "image"
-    values = torch.zeros(n, cfg.res ** 2 if images else cfg.points, 3)
-    batch = [values, torch.zeros(n, dtype=torch.long)]
-    if cfg.token_dim:
-        batch.append(torch.zeros(n, dataset.n_tokens, cfg.token_dim))
+    N = model.cfg.points if coords is None else len(coords)
+    batch = [torch.zeros(n, N, 3), torch.zeros(n, dtype=torch.long)]
+    if model.cfg.token_dim:
+        batch.append(torch.zeros(n, dataset.n_tokens, model.cfg.token_dim))
     torch.cuda.reset_peak_memory_stats(device)
     try:
         micro_loss(model, coords, batch, 0, range(n), args, device).backward()
@@ -424,120 +437,31 @@ def fits(n, model, coords, dataset, args, device):
         model.zero_grad()
         torch.cuda.empty_cache()
 
-def describe(args, cfg, dataset):
-    """What config.json and every checkpoint say of a run."""
-    names = "solver", "guidance", "noise", "noise_length", "refine"
-    sampling = {name: getattr(args, name) for name in names}
-    return dict(model=asdict(cfg), class_names=dataset.class_names, items=len(dataset), path=args.path,
-                sampling=sampling | dict(steps=args.sampling_steps), tokens=getattr(dataset, "spec", None),
-                normalisation="box" if cfg.domain == "points" else None, settings=vars(args))
-
-def make_deterministic():
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")        # cuBLAS asks for it
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.enable_mem_efficient_sdp(False)                # its backward pass adds in any order
-
 def cpu_dtype():
     """bfloat16 where this processor multiplies in it; elsewhere it is emulated, slower than float32."""
     return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
 def peak_memory(device):
     """Largest memory of this process so far in GB: of the GPU, or resident; 0 where Windows does not tell."""
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    if device.type != "cuda" and sys.platform != "win32":
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return round(peak / 1e9, 3)
+    if device.type == "cuda" or sys.platform == "win32":
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 # ---- Run directory ----------------------------------------------------------------------------------------
 
-def open_run(out, run, ckpt):
-    """Makes the run directory and config.json; returns the records of log.jsonl up to the checkpoint."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", run)
-    path, records = out / "log.jsonl", []
-    for line in path.read_bytes().splitlines() if ckpt and path.exists() else []:
-        try:
-            records += [r for r in [json.loads(line)] if r["step"] <= ckpt["step"]]
-        except (ValueError, TypeError, KeyError):                      # cut by a crash
-            print0(f"{path}: an unreadable line is dropped")
-    write_atomic(path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in records))
-    return records
-
-def open_board(args, out, run):
-    """TensorBoard's writer for --tensorboard; --wandb uploads what it is told. None without either."""
-    if not (args.wandb or args.tensorboard):
-        return None
-    with data.reading("--wandb, --tensorboard", "these packages, and an account for the first"):
-        from torch.utils.tensorboard import SummaryWriter
-        if args.wandb:
-            import wandb
-            wandb.init(project=args.wandb, name=out.name, id=re.sub(r"\W+", "-", str(out)), resume="allow",
-                       dir=out, config=run, sync_tensorboard=True)
-        return SummaryWriter(out)
-
-def tell(board, step, numbers, sheet=None):
-    """Numbers and a sheet of samples to the board, if there is one."""
-    for name, number in numbers.items() if board else ():
-        board.add_scalar(name, number, step)
-    if board and sheet:
-        board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
-        board.flush()
-
-def log(out, records, record, args, bar, board):
-    """Adds a record to log.jsonl. `skipped` then counts from the start of the run."""
-    bar.set_postfix_str(f"loss {record['loss'] or math.nan:.4f}, {record['samples_per_s']} samples/s, "
-                        f"{record['peak_gb']} GB")
-    if record["skipped"]:
-        print0(f"warning: {record['skipped']} steps up to {record['step']} were not finite and were skipped")
-    record["skipped"] += next((r["skipped"] for r in records[::-1] if "skipped" in r), 0)
-    if not math.isfinite(record["grad_norm"]):
-        record["grad_norm"] = None                                     # JSON has no NaN
-    absent = dict(samples_per_s=args.deterministic, peak_gb=args.deterministic, left_out=not args.skip_bad)
-    attempt(add, out, records, {key: value for key, value in record.items() if not absent.get(key)})
-    tell(board, record["step"], {k: v for k, v in records[-1].items() if k != "step" and v is not None})
-
-def add(out, records, record):
-    records.append(record)
-    with open(out / "log.jsonl", "a") as f:
-        f.write(json.dumps(record) + "\n")
-
-def attempt(write, *args):
-    """write(*args). A disk that is full or gone does not end a training; it is said."""
+def attempt(write, *args, last=False):
+    """write(*args). A disk that is full or gone is said; it ends a training where the `last` step is lost."""
     try:
         return write(*args)
     except (OSError, RuntimeError) as e:                               # torch's writer raises RuntimeError
+        if last:
+            raise ValueError(f"{e}: the last step is not saved; continue with --resume auto") from None
         print0(f"warning: {e}; the next interval tries again")
 
-class Writer:
-    """Writes checkpoints from a copy in host memory, in a thread, while training goes on. saved: the step of
-    ckpt.pt, None where there is none of use."""
-
-    def __init__(self, out, saved):
-        self.out, self.saved, self.thread, self.future = out, saved, ThreadPoolExecutor(1), None
-
-    def save(self, step, model, ema, optimizer, run, keep, wait):
-        """Starts to write a step. Where it must `wait`, a disk that is full or gone ends the training."""
-        self.wait()
-        state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                     step=step, config=run)
-        state = tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), state)
-        self.future = self.thread.submit(save, self.out, state, self.saved, keep)
-        try:
-            if wait:
-                self.saved, self.future = self.future.result(), None
-        except (OSError, RuntimeError) as e:
-            raise ValueError(f"{e}: the last step is not saved; continue with --resume auto") from None
-
-    def wait(self):
-        """Until what is being written is on disk."""
-        if self.future:
-            self.saved, self.future = attempt(self.future.result) or self.saved, None
-
 def save(out, state, saved, keep):
-    """ckpt.pt, and the `keep` before it as ckpt-STEP.pt; returns the step. Until the new one is on disk
-    nothing else is touched."""
+    """ckpt.pt, and the `keep` before it as ckpt-STEP.pt. They are touched once the new one is on disk."""
     write_atomic(out / "next.pt", lambda f: torch.save(state, f))
     if saved and keep:
         os.replace(out / "ckpt.pt", out / f"ckpt-{saved:07d}.pt")
@@ -547,78 +471,139 @@ def save(out, state, saved, keep):
         old.unlink()
     return state["step"]
 
-def evaluate(out, args, step, device, records, board):
-    """Adds the scores of ckpt.pt to log.jsonl, by evaluate.py, in a process of its own: training's randomness
-    is left alone."""
-    image = PRESETS[args.model].get("domain", "image") == "image"
-    metric = "1nna_cd" if not image else "fd" if "--features" in args.eval_flags else "fid"
-    flags = dict(dataset=args.dataset, data=args.data, category=args.category, n=256, metrics=metric,
-                 device=device, seed=args.seed, **{"res": args.res} if image else {"points": args.points})
-    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    with tempfile.TemporaryDirectory() as work:
-        words += ["--fake", out / "ckpt.pt", "--out", f"{work}/samples", "--json", f"{work}/scores.json",
-                  *shlex.split(args.eval_flags)]
-        done = subprocess.run([sys.executable, Path(__file__).with_name("evaluate.py"), *words], env=alone,
-                              capture_output=True, text=True)
-        if done.returncode:
-            raise OSError(f"--eval-every: {done.stderr.strip().splitlines()[-1]}")
-        scores = json.loads(Path(work, "scores.json").read_text())["metrics"]
-    print0(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    add(out, records, dict(step=step, eval=scores))
-    tell(board, step, scores)
+class RunDirectory:
+    """What a run writes, by its first process. records: the lines of log.jsonl, up to the checkpoint where
+    one is resumed. saved: the step of ckpt.pt, None where there is none of use."""
 
-def draw_curve(path, records, width=720, height=360):
-    """loss.png: the logged losses and their running mean, logarithmic, and in red the scores of --eval-every
-    on a scale of their own, from 0."""
-    losses = [(r["step"], math.log(r["loss"])) for r in records if r.get("loss")]
-    scores = [(r["step"], value) for r in records for value in [*r.get("eval", {}).values()][:1]]
-    if not losses:
-        return
-    sheet, mean, steps = Image.new("RGB", (width, height), "white"), [losses[0]], losses[-1][0]
-    pen, wide, tall = ImageDraw.Draw(sheet), width - 120, height - 60
-    for step, loss in losses[1:]:
-        mean.append((step, mean[-1][1] + 0.05 * (loss - mean[-1][1])))
-    low, high = min(loss for _, loss in losses), max(loss for _, loss in losses)
-    top, span = max([value for _, value in scores], default=1), max(1e-9, high - low)
-    for curve, bottom, extent, colour in ((losses, low, span, "#b9cbe8"), (mean, low, span, "#1f4e9c"),
+    def __init__(self, args, run, ckpt):
+        self.args, self.run, self.out, self.records, self.board = args, run, Path(args.out), [], None
+        here = ckpt and ckpt["path"].resolve() == (self.out / "ckpt.pt").resolve()
+        self.saved, self.thread, self.future = ckpt["step"] if here else None, ThreadPoolExecutor(1), None
+        if RANK > 0:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.out / "config.json", run)
+        path = self.out / "log.jsonl"
+        for line in path.read_bytes().splitlines() if ckpt and path.exists() else []:
+            try:
+                self.records += [r for r in [json.loads(line)] if r["step"] <= ckpt["step"]]
+            except (ValueError, TypeError, KeyError):                  # cut by a crash
+                print0(f"{path}: an unreadable line is dropped")
+        write_atomic(path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in self.records))
+        if args.wandb or args.tensorboard:                 # W&B uploads what TensorBoard's writer is told
+            with data.reading("--wandb, --tensorboard", "these packages, and an account for the first"):
+                from torch.utils.tensorboard import SummaryWriter
+                if args.wandb:
+                    import wandb
+                    wandb.init(project=args.wandb, name=self.out.name, id=args.out.replace(os.sep, "-"),
+                               resume="allow", dir=self.out, config=run, sync_tensorboard=True)
+                self.board = SummaryWriter(self.out)
+
+    def log(self, record, bar):
+        """Shows a record and adds it to log.jsonl, where `skipped` counts from the start of the run."""
+        bar.set_postfix_str(f"loss {record['loss'] or math.nan:.4f}, {record['samples_per_s']} samples/s, "
+                            f"{record['peak_gb']} GB")
+        if record["skipped"]:
+            print0(f"warning: {record['skipped']} steps up to {record['step']} were not finite and were "
+                   "skipped")
+        record["skipped"] += next((r["skipped"] for r in self.records[::-1] if "skipped" in r), 0)
+        timed = not self.args.deterministic
+        shown = dict(left_out=self.args.skip_bad, peak_gb=timed, samples_per_s=timed)
+        attempt(self.add, {name: value for name, value in record.items() if shown.get(name, True)})
+
+    def add(self, record):
+        self.records.append(record)
+        with open(self.out / "log.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+        for name, number in record.get("eval", record).items() if self.board else ():
+            if name != "step" and number is not None:
+                self.board.add_scalar(name, number, record["step"])
+
+    def save(self, step, model, ema, optimizer, last):
+        """Writes a checkpoint from a copy in host memory, in a thread, while training goes on."""
+        self.wait()
+        if step == self.saved:
+            return
+        state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                     step=step, config=self.run)
+        state = tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), state)
+        self.future = self.thread.submit(save, self.out, state, self.saved, self.args.keep)
+        if last:
+            self.wait(last)
+
+    def wait(self, last=False):
+        """Until what is being written is on disk."""
+        if self.future:
+            self.saved = attempt(self.future.result, last=last) or self.saved
+            self.future = None
+
+    def evaluate(self, step, device):
+        """Scores ckpt.pt by evaluate.py. It is a process of its own: training's randomness is left alone."""
+        if any(r["step"] == step and "eval" in r for r in self.records):
+            return                                                     # before the run was resumed
+        self.wait()
+        args, program = self.args, [sys.executable, Path(__file__).with_name("evaluate.py")]
+        metric = "1nna_cd" if args.points else "fd" if "--features" in args.eval_flags else "fid"
+        same = "dataset", "data", "category", "res", "points", "seed"
+        flags = {name: getattr(args, name) for name in same} | dict(n=256, metrics=metric, device=device)
+        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        with tempfile.TemporaryDirectory() as work:
+            flags |= dict(fake=self.out / "ckpt.pt", out=f"{work}/samples", json=f"{work}/scores.json")
+            words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+            words += shlex.split(args.eval_flags)
+            done = subprocess.run(program + words, env=alone, capture_output=True, text=True)
+            if done.returncode:
+                raise OSError("--eval-every: " + done.stderr.strip().rpartition("\n")[2])
+            scores = json.loads(Path(flags["json"]).read_text())["metrics"]
+        print0(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        self.add(dict(step=step, eval=scores))
+
+    def draw_curve(self):
+        """loss.png: log losses and their running mean, and in red the scores on a scale of their own."""
+        losses = [(r["step"], math.log(r["loss"])) for r in self.records if r.get("loss")]
+        scores = [(r["step"], [*r["eval"].values()][0]) for r in self.records if r.get("eval")]
+        if not losses:
+            return
+        mean = accumulate(losses, lambda old, new: (new[0], 0.95 * old[1] + 0.05 * new[1]))
+        steps, low, high = losses[-1][0], min(y for _, y in losses), max(y for _, y in losses)
+        span, top = high - low or 1, max([y for _, y in scores], default=1) or 1
+        sheet = Image.new("RGB", (720, 360), "white")
+        pen = ImageDraw.Draw(sheet)
+        for curve, zero, unit, colour in ((losses, low, span, "#b9cbe8"), (mean, low, span, "#1f4e9c"),
                                           (scores, 0, top, "#c0392b")):
-        pen.line([(60 + wide * step / steps, 20 + tall * (1 - (y - bottom) / extent)) for step, y in curve],
-                 fill=colour, width=2)
-    for i in range(5):
-        y = height - 46 - tall * i / 4
-        pen.text((6, y), f"{math.exp(low + span * i / 4):.4f}", "black")
-        pen.text((48 + wide * i / 4, height - 24), str(steps * i // 4), "black")
-        pen.text((width - 54, y), f"{top * i / 4:.4g}" if scores else "", "#c0392b")
-    write_png(path, sheet)
+            places = [(60 + 600 * x / steps, 320 - 300 * (y - zero) / unit) for x, y in curve]
+            pen.line(places, colour, width=2)
+        for i in range(5):
+            pen.text((48 + 150 * i, 336), str(steps * i // 4), "black")
+            pen.text((6, 314 - 75 * i), f"{math.exp(low + span * i / 4):.4f}", "black")
+            pen.text((666, 314 - 75 * i), f"{top * i / 4:.4g}" if scores else "", "#c0392b")
+        write_png(self.out / "loss.png", sheet)
 
-def sample_sheet(out, step, model, ema, args, dataset, device, board, n=16):
-    """samples-STEP.png: the same n seeds with EMA weights (upper half) and raw weights (lower half), 25 Euler
-    steps at most, all classes in turn, or objects from all over the set. The processes share them out."""
-    cfg, tiles, classes, tokens, mine = model.cfg, {}, len(dataset.class_names), None, range(RANK, n, WORLD)
-    label = torch.tensor([i % classes for i in mine], device=device) if classes else None
-    if cfg.token_dim:
-        found = [dataset.item(i * len(dataset) // n)[2] for i in mine]
-        tokens = torch.stack([torch.from_numpy(x) for x in found]).to(device) if found else None
+def sample_sheet(folder, step, model, ema, dataset, n=16):
+    """samples-STEP.png: n seeds with EMA weights, below them the same with raw weights, at most 25 steps.
+    Classes come in turn, objects from all over the set. The processes share them out."""
+    args, cfg, classes, mine = folder.args, model.cfg, len(dataset.class_names), range(RANK, n, WORLD)
+    options = {name: getattr(args, name) for name in ("guidance", "noise", "noise_length")}
+    if classes:
+        options["label"] = torch.tensor([i % classes for i in mine], device=model.device)
+    if cfg.token_dim and mine:
+        tokens = [torch.from_numpy(dataset.item(i * len(dataset) // n)[2]) for i in mine]
+        options["tokens"] = torch.stack(tokens).to(model.device)                     # (B, T, token_dim)
+    steps, tiles = min(25, args.sampling_steps), {}
     for half, net in enumerate((ema.eval(), model.eval()) if mine else ()):
-        with autocast(device, args.dtype, cpu_dtype()):
-            x, _ = generate(net, mine, args.seed, label=label, tokens=tokens, guidance=args.guidance,
-                            steps=min(25, args.sampling_steps), noise=args.noise,
-                            noise_length=args.noise_length)
+        with autocast(model.device, args.dtype, cpu_dtype()):
+            x, _ = generate(net, mine, args.seed, steps=steps, **options)            # (B, N, 3)
         for i, values in zip(mine, x.float().cpu()):
-            points = cfg.domain == "points"
-            tile = draw_points(values.numpy()) if points else to_pixels(values, cfg.res, cfg.res)
-            tiles[half * n + i] = tile
+            image = cfg.domain == "image"
+            tiles[half, i] = to_pixels(values, cfg.res, cfg.res) if image else draw_points(values)
     model.train()
-    shares = [tiles]
-    if WORLD > 1:
-        shares *= WORLD
-        dist.all_gather_object(shares, tiles)
+    tiles = {place: tile for share in gather(tiles) for place, tile in share.items()}
     if RANK == 0:
-        tiles = {i: tile for share in shares for i, tile in share.items()}
-        sheet = grid_image([tiles[i] for i in sorted(tiles)], columns=8)
-        attempt(write_png, out / f"samples-{step:07d}.png", sheet)
-        tell(board, step, {}, sheet)
+        sheet = grid_image([tiles[place] for place in sorted(tiles)], columns=8)
+        attempt(write_png, folder.out / f"samples-{step:07d}.png", sheet)
+        if folder.board:
+            folder.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+            folder.board.flush()
 
 if __name__ == "__main__":
     run_main(main)
