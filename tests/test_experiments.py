@@ -58,8 +58,9 @@ def test_the_plan_is_what_a_real_step_holds(again, monkeypatch):
     gradients = 4 * sum(p.numel() for p in net.parameters())
     assert abs((planned + again * gradients) / alive.peak - 1) < 0.1
 
-@pytest.mark.parametrize("name", ["bench", "chaos", "claims", "gallery", "glyph_report", "gpu", "noise", "peer",
-                                  "upscale"])
+NAMES = "bench", "chaos", "claims", "gallery", "glyph_report", "gpu", "noise", "peer", "upscale"
+
+@pytest.mark.parametrize("name", NAMES)
 def test_experiments_start(name):
     run = subprocess.run([sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"],
                          capture_output=True, text=True)
