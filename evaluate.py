@@ -361,7 +361,7 @@ def choose(args, domain, real, warn):
     and of the default what cannot be computed is left out; asked for by name it is an error."""
     known = [name for name, row in METRICS.items() if domain in row.domains]
     default = [n for n in known if (METRICS[n].own if args.features else METRICS[n].default == domain)]
-    asked, names, found = args.metrics or [], [], {}
+    asked, names, found, left_out = args.metrics or [], [], {}, {}
     if not {*asked} <= {*known, "all"}:
         raise ValueError(f"--metrics {' '.join(asked)}: of these sets there are all, {', '.join(known)}")
     wanted = known if "all" in asked else [name for name in known if name in (asked or default)]
@@ -373,9 +373,13 @@ def choose(args, domain, real, warn):
             require(name, args, domain, real, found, given)
             names.append(name)
         except ValueError as e:
-            if asked and "all" not in asked or not names and name == wanted[-1]:
+            if asked and "all" not in asked:
                 raise ValueError(f"{name}: {e}") from None
-            warn(f"{name} is left out: {e}")
+            left_out.setdefault(str(e), []).append(name)
+    for reason, some in left_out.items():
+        if not names:
+            raise ValueError(f"{', '.join(some)}: {reason}")
+        warn(f"left out: {', '.join(some)}: {reason}")
     if RANK == 0:
         wait_for_all()
     for network, (path, digest, published) in found.items():
