@@ -396,8 +396,7 @@ def resume(ckpt, run, model, ema, optimizer):
         ema.load_state_dict(ckpt["ema"])
         optimizer.load_state_dict(dict(ckpt["optimizer"], param_groups=groups))
     except (RuntimeError, KeyError, ValueError) as e:                  # exported weights alone, or other code
-        raise ValueError(f"{file}: not a checkpoint to resume ({str(e)[:300]}); --init starts from its weights"
-                         ) from None
+        raise ValueError(f"{file}: not a checkpoint to resume ({str(e)[:300]}); see --init") from None
     print0(f"resumed at step {step}")
     old, new = (argparse.Namespace(**config["settings"]) for config in (before, run))
     rates = learning_rate(old, max(0, step - 1)), learning_rate(new, step)
