@@ -435,7 +435,7 @@ def test_sampling_changes_nothing(tmp_path):
 
 def test_checkpoint_describes_itself(glyphs_run, solids_run):
     for run, classes, normalisation, solver in ((glyphs_run, 36, None, "euler"),
-                                                (solids_run, 7, "box", "sde")):
+                                                (solids_run, 7, "box", "euler")):
         config = ckpt(run)["config"]
         assert len(config["class_names"]) == classes and config["normalisation"] == normalisation
         assert config["sampling"]["solver"] == solver and json.loads((run
