@@ -303,17 +303,21 @@ def resolve(cfg, checkpoint, size=None, **wishes):
     if not (setting["noise_length"] > 0 and setting["refine"] >= 0 and 0 <= low <= high <= 1):
         raise ValueError(f"--noise-length {setting['noise_length']}, --refine {setting['refine']}, "
                          f"--guidance-interval {low} {high}: expected > 0, >= 0, 0 <= LOW <= HIGH <= 1")
-    labels = {name: i for i, name in enumerate(names)}
-    if not any(name.isdecimal() for name in names):                    # then a class has its index as well
-        labels |= {str(i): i for i in range(len(names))}
-    for name in set(setting["classes"]) - set(labels):
-        raise ValueError(f"--class {name}: no such name or index; the {len(names)} classes are {names[:12]}")
     setting.update(size=(height, width) if cfg.domain == "image" else height, shape=(y1 - y0, x1 - x0),
-                   classes=[labels[name] for name in setting["classes"]] or [*range(len(names))],
+                   classes=parse_classes(setting["classes"], names),
                    options={name: known[name] for name in takes} | setting["options"])
     about = {name: config.get(name) for name in ("dataset", "category")}
     about.update(ckpt_sha256=checkpoint["sha256"], step=checkpoint["step"], weights=checkpoint["weights"])
     return json.loads(json.dumps(about | setting))
+
+def parse_classes(wanted, names):
+    """Labels of class names, or of indices where no name is a number; all classes where none is wanted."""
+    labels = {name: i for i, name in enumerate(names)}
+    if not any(name.isdecimal() for name in names):
+        labels |= {str(i): i for i in range(len(names))}
+    for name in set(wanted) - set(labels):
+        raise ValueError(f"--class {name}: no such name or index; the {len(names)} classes are {names[:12]}")
+    return [labels[name] for name in wanted] or [*range(len(names))]
 
 def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=False, **wishes):
     """Writes n samples of a loaded checkpoint (see `load`), or this process's share; returns their directory.
