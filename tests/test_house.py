@@ -57,7 +57,7 @@ def test_rooms_are_within_their_budgets(name):
 
 def test_sums_are_within_their_budgets():
     """If the code, or the three files that a reader starts with, outgrew their sums."""
-    assert lines(*(path.name for path in ROOT.glob("*.py")), "metrics", "tools") <= 5800
+    assert lines(*(path.name for path in ROOT.glob("*.py")), "metrics", "tools") <= 5810
     assert lines("model.py", "train.py", "sample.py") <= 1870
 
 @EACH
