@@ -349,7 +349,8 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     with progress_bar(len(todo), "sample") as bar:
         for mine in (todo[i:i + batch] for i in range(0, len(todo), batch)):
             x, record["nfe"] = draw(model, setting, mine, tokens=tokens, chunk=chunk,
-                                    progress=lambda share: bar.update(len(mine) * share / calls))
+                                    progress=lambda share: bar.update(
+                                        min(len(mine) * share / calls, bar.total - bar.n)))
             for i, values in zip(mine, x):
                 write_sample(out / record["samples"][i]["file"], values, setting["shape"], image)
     wait_for_all()
