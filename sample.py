@@ -496,11 +496,13 @@ def find_checkpoint(path=None):
 def read_checkpoint(path, mmap=False):
     """A checkpoint of train.py on the CPU, with its `path`; of a run directory the newest whole one."""
     for file in checkpoints(path) if Path(path).is_dir() else [Path(path)]:
-        file.stat()                                                    # a missing file is no damaged one
+        written = file.stat().st_mtime_ns                              # a missing file is no damaged one
         try:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()                           # torch compares no checksums of its own
             ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            if file.stat().st_mtime_ns != written:     # replaced meanwhile: to map a file torch opens it twice
+                return read_checkpoint(path, mmap)
             if not damaged and {"ema", "step", "config"} <= {*ckpt}:
                 return dict(ckpt, path=file)
         except Exception as e:                                         # broken bytes raise nearly anything
