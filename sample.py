@@ -501,7 +501,7 @@ def read_checkpoint(path, mmap=False):
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()                           # torch compares no checksums of its own
             ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-            if file.stat().st_mtime_ns != written:     # replaced meanwhile: to map a file torch opens it twice
+            if file.stat().st_mtime_ns != written:     # replaced meanwhile; torch opens it twice
                 return read_checkpoint(path, mmap)
             if not damaged and {"ema", "step", "config"} <= {*ckpt}:
                 return dict(ckpt, path=file)
