@@ -26,18 +26,13 @@ def setting_of(name, **wishes):
     model.to(sample.start_processes())
     return model, sample.resolve(model.cfg, checkpoint, **wishes)
 
-def drawn(name, n, first=0, part=None, **wishes):
+def drawn(name, n, first=0, **wishes):
     """Samples first..first+n-1 of a shipped model as uint8 images; of point clouds as pictures."""
     model, setting = setting_of(name, **wishes)
-    cfg, found = model.cfg, []
-    for i in range(first, first + n):
-        x, _ = sample.draw(model, setting, [i], part=part)
-        if cfg.domain == "points":
-            found.append(sample.draw_points(x[0].numpy(), 320))
-        else:
-            x0, y0, x1, y1 = part or (0, 0, setting["size"][1], setting["size"][0])
-            found.append(sample.to_pixels(x[0], y1 - y0, x1 - x0))
-    return found
+    found = [sample.draw(model, setting, [i])[0][0] for i in range(first, first + n)]
+    if model.cfg.domain == "points":
+        return [sample.draw_points(points, 320) for points in found]
+    return [sample.to_pixels(values, *setting["shape"]) for values in found]
 
 def shown(image, side):
     """An image at another size: whole pixels where it grows, their mean where it shrinks."""
@@ -73,9 +68,7 @@ def dense():
 
 def zoom():
     model, setting = setting_of("glyphs", size=(256, 256))
-    path = Path("zoom.png")
-    poster.zoom(model, setting, 0, path, (0.596, 0.4))
-    return Image.open(path)
+    return poster.zoom(model, setting, 0, (0.596, 0.4))
 
 PICTURES = {"resolutions": resolutions, "letters": letters, "emoji": emoji, "solids": solids, "dense": dense,
             "zoom": zoom}

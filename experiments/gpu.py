@@ -30,8 +30,8 @@ from tools import plan  # noqa: E402
 STEPS = {"S": 128, "B": 64, "L": 32, "XL": 16, "point-B": 16}          # samples of a step at once, on 80 GB
 
 class Task:
-    def __init__(self, dry, out):
-        self.dry, self.out, self.rows = dry, out, []
+    def __init__(self, dry):
+        self.dry, self.rows = dry, []
         self.device = sample.start_processes("cpu" if dry else "cuda")
 
     def line(self, what, measured, expected, ok=True):
@@ -128,29 +128,26 @@ def compiled(task):
     with torch.nn.attention.sdpa_kernel(kernel):                       # raises where it does not apply
         loss_and_gradient(net, args, 4, task.device)
     task.line("attention of a bfloat16 step", kernel.name, "no other kernel")
-    seconds_of_steps(task, "S", net, args, 4, 2)
-    if not task.dry:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        seconds_of_steps(task, "S", net, args, 4, 10, wait=False)
-    finally:
-        if not task.dry:
-            torch.cuda.set_sync_debug_mode("default")
+    seconds_of_steps(task, net, args, 4, 10, strict=not task.dry)
     task.line("ten steps that never wait for the GPU", "done", "no synchronisation")
 
-def seconds_of_steps(task, preset, net, args, n, count, called=None, wait=True):
+def seconds_of_steps(task, net, args, n, count, called=None, strict=False):
+    """Seconds of a training step, after three more. With strict a step that waits for the GPU raises."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     ema = copy.deepcopy(net).requires_grad_(False)
     coords, batch = batch_of(net.cfg, n, task.device)
     for step in range(count + 3):
-        if step == 3 and wait:
+        if step == 3:
             task.wait()
             began = time.time()
+            if strict:                                                 # what comes before may copy and wait
+                torch.cuda.set_sync_debug_mode("error")
         train.micro_loss(called or net, coords, batch, step, range(n), args, task.device).backward()
         train.update(net, ema, optimizer, step, args)
-    if wait:
-        task.wait()
-        return (time.time() - began) / count
+    if strict:
+        torch.cuda.set_sync_debug_mode("default")
+    task.wait()
+    return (time.time() - began) / count
 
 def speed(task):
     """Training steps: samples a second, share of an H100's 989 TFLOP/s, peak memory against the plan."""
@@ -162,7 +159,7 @@ def speed(task):
         called = net if task.dry else torch.compile(net)
         if not task.dry:
             torch.cuda.reset_peak_memory_stats()
-        seconds = seconds_of_steps(task, preset, net, args, n, 2 if task.dry else 10, called)
+        seconds = seconds_of_steps(task, net, args, n, 2 if task.dry else 10, called)
         flops, parameters = asft.forward_flops(cfg, args.decode)
         planned = plan.activation_bytes(cfg, args.decode, n) + plan.STATE * parameters
         share = 3 * flops * n / seconds / plan.H100_FLOPS
@@ -176,7 +173,7 @@ def sampling(task):
     model, checkpoint = sample.load(ROOT / "weights" / "glyphs.pt")
     res, began = 64 if task.dry else 2048, time.time()
     setting = sample.resolve(model.cfg, checkpoint, size=(res, res))
-    x, _ = sample.draw(model.to(task.device), setting, [0])
+    sample.draw(model.to(task.device), setting, [0])
     took = time.time() - began
     task.line(f"glyphs at {res} pixels", f"{took:.1f} s, {task.memory() / 1e9:.1f} GB", "under 60 s",
               took < 60)
@@ -230,7 +227,7 @@ def main(argv=None):
         raise ValueError(f"{' '.join(args.names)}: expected some of {', '.join(CHECKS)}")
     if not args.dry and not torch.cuda.is_available():
         raise ValueError("no CUDA device: this checks a GPU; --dry runs its checks on the CPU")
-    task = Task(args.dry, args.out)
+    task = Task(args.dry)
     card = "CPU, dry run" if args.dry else torch.cuda.get_device_name()
     print(f"{card}, torch {torch.__version__}", flush=True)
     for name in args.names or CHECKS:

@@ -62,7 +62,7 @@ def stream_png(f, width, height, bands):
     chunk(b"IDAT", deflate.flush())
     chunk(b"IEND", b"")
 
-def zoom(model, setting, index, path, at, views=4, finer=4):
+def zoom(model, setting, index, at, views=4, finer=4):
     """Views of one sample around `at`, each `finer` times finer than the one before, side by side."""
     pictures, (H, W) = [], setting["size"]
     for level in range(views):
@@ -75,7 +75,7 @@ def zoom(model, setting, index, path, at, views=4, finer=4):
             frame = x - x0 - 1, y - y0 - 1, x - x0 + w, y - y0 + h
             ImageDraw.Draw(picture).rectangle(frame, outline="red")
         pictures.append(np.asarray(picture))
-    sample.write_png(path, sample.grid_image(pictures, columns=views))
+    return sample.grid_image(pictures, columns=views)
 
 def corner(at, size, height, width):
     """Upper left corner of a box of this height and width around `at` in an image of that size."""
@@ -117,7 +117,7 @@ def main(argv=None):
     for index in range(args.n):
         path = out / f"{kind}-{args.res}-seed{args.seed}-{code}-{index:06d}.png"
         if args.zoom:
-            zoom(model, setting, index, path, args.zoom)
+            sample.write_png(path, zoom(model, setting, index, args.zoom))
         elif not path.exists():
             poster(model, setting, index, path)
         sample.print0(f"{path}")
