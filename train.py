@@ -8,6 +8,7 @@ the run directory. Alphabet and conventions are those of model.py.
 import argparse
 import copy
 import inspect
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -227,7 +227,7 @@ def main(argv=None):
     step = resume(ckpt, run, model, ema, optimizer) if ckpt else 0
     folder = RunDirectory(args, run, ckpt)
     coords = image_coords(cfg.res, device=device) if cfg.domain == "image" else None
-    pieces = args.accumulate or fewest(args.batch_size // WORLD, fits, model, coords, dataset, args, device)
+    pieces = args.accumulate or micro_batches(args, model, coords, dataset, device)
     micro, left_out = args.batch_size // WORLD // pieces, {} if args.skip_bad else None
     workers = args.workers
     if workers is None:    # on a CPU a data process takes time from training, and pays where files are read
@@ -289,8 +289,9 @@ def main(argv=None):
             rate = (step - logged) * args.batch_size / (time.time() - began)
             record = dict(step=step, loss=total / finite if finite else None,
                           grad_norm=norm.item() if norm.isfinite() else None, lr=group["lr"],
-                          skipped=int(skipped) // WORLD, left_out=int(missing), peak_gb=peak_memory(device),
-                          samples_per_s=round(rate, 2))
+                          skipped=int(skipped) // WORLD, left_out=int(missing), samples_per_s=round(rate, 2))
+            if device.type == "cuda":
+                record["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
             if RANK == 0:
                 folder.log(record, bar)
             if bad_row >= args.max_bad_steps:
@@ -384,19 +385,19 @@ def initialise(model, path, class_names):
 
 def resume(ckpt, run, model, ema, optimizer):
     """Loads a checkpoint; returns its step. Raises ValueError where `run` is of another model or classes."""
-    file, step, before, steps = ckpt["path"], ckpt["step"], ckpt["config"], gather(ckpt["step"])
-    differ = [name for name, value in run["model"].items() if before["model"].get(name) != value]
-    if len({*steps}) > 1 or differ or before["class_names"] != run["class_names"]:
-        raise ValueError(f"{file}: its run has other {', '.join(differ) or 'classes'} (or steps: {steps})")
+    file, step, before = ckpt["path"], ckpt["step"], ckpt["config"]
+    now = run["model"] | dict(classes=run["class_names"])
+    old = before["model"] | dict(classes=before["class_names"])
+    differ = [name for name in now if now[name] != old.get(name)]
+    if differ or "optimizer" not in ckpt:
+        raise ValueError(f"{file}: its run has other {', '.join(differ) or 'contents: weights alone'}; "
+                         "--init starts a new run from its weights")
     if before["items"] != run["items"]:
         print0(f"warning: {run['items']} items, {before['items']} before: the data order changes here")
     groups = optimizer.state_dict()["param_groups"]                    # learning rate and betas of the flags
-    try:
-        model.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
-        optimizer.load_state_dict(dict(ckpt["optimizer"], param_groups=groups))
-    except (RuntimeError, KeyError, ValueError) as e:                  # exported weights alone, or other code
-        raise ValueError(f"{file}: not a checkpoint to resume ({str(e)[:300]}); see --init") from None
+    model.load_state_dict(ckpt["model"])
+    ema.load_state_dict(ckpt["ema"])
+    optimizer.load_state_dict(dict(ckpt["optimizer"], param_groups=groups))
     print0(f"resumed at step {step}")
     old, new = (argparse.Namespace(**config["settings"]) for config in (before, run))
     rates = learning_rate(old, max(0, step - 1)), learning_rate(new, step)
@@ -411,14 +412,21 @@ def gather(thing):
         dist.all_gather_object(things, thing)
     return things
 
-def fewest(items, fits, *task):
-    """How many micro-batches a process's share of a step is cut into: as few as let every process fit it."""
-    for pieces in (n for n in range(1, items + 1) if items % n == 0):
-        if all(gather(fits(items // pieces, *task))) or pieces == items:
-            print0(f"a step: {WORLD} processes x {pieces} micro-batches x {items // pieces} items")
+def micro_batches(args, model, *task):
+    """Into how many micro-batches a process's share of a step is cut: as few as let every process fit one.
+    Blocks are recomputed, as by --grad-checkpoint, only where not even single items fit otherwise."""
+    items = args.batch_size // WORLD
+    counts = [n for n in range(1, items + 1) if items % n == 0]
+    for again, pieces in itertools.product(sorted({model.grad_checkpoint, True}), counts):
+        model.grad_checkpoint = again
+        if all(gather(fits(items // pieces, args, model, *task))):
+            kind = "recomputed" if again else "kept"
+            print0(f"a step: {WORLD} processes x {pieces} micro-batches x {items // pieces} items, "
+                   f"activations {kind}")
             return pieces
+    raise ValueError("one item does not fit the GPU; expected a smaller --model or fewer pairs (--decode)")
 
-def fits(n, model, coords, dataset, args, device):
+def fits(n, args, model, coords, dataset, device):
     """Whether n items, and the optimizer's state to come, take at most 0.9 of the GPU. It is tried."""
     if device.type != "cuda":
         return True
@@ -440,14 +448,6 @@ def fits(n, model, coords, dataset, args, device):
 def cpu_dtype():
     """bfloat16 where this processor multiplies in it; elsewhere it is emulated, slower than float32."""
     return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-
-def peak_memory(device):
-    """Largest memory of this process so far in GB: of the GPU, or resident; 0 where Windows does not tell."""
-    if device.type == "cuda" or sys.platform == "win32":
-        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 # ---- Run directory ----------------------------------------------------------------------------------------
 
@@ -501,8 +501,7 @@ class RunDirectory:
 
     def log(self, record, bar):
         """Shows a record and adds it to log.jsonl, where `skipped` counts from the start of the run."""
-        bar.set_postfix_str(f"loss {record['loss'] or math.nan:.4f}, {record['samples_per_s']} samples/s, "
-                            f"{record['peak_gb']} GB")
+        bar.set_postfix_str(f"loss {record['loss'] or math.nan:.4f}, {record['samples_per_s']} samples/s")
         if record["skipped"]:
             print0(f"warning: {record['skipped']} steps up to {record['step']} were not finite and were "
                    "skipped")
@@ -564,7 +563,7 @@ class RunDirectory:
         scores = [(r["step"], [*r["eval"].values()][0]) for r in self.records if r.get("eval")]
         if not losses:
             return
-        mean = accumulate(losses, lambda old, new: (new[0], 0.95 * old[1] + 0.05 * new[1]))
+        mean = itertools.accumulate(losses, lambda old, new: (new[0], 0.95 * old[1] + 0.05 * new[1]))
         steps, low, high = losses[-1][0], min(y for _, y in losses), max(y for _, y in losses)
         span, top = high - low or 1, max([y for _, y in scores], default=1) or 1
         sheet = Image.new("RGB", (720, 360), "white")

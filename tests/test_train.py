@@ -632,12 +632,22 @@ def test_boards_are_told_what_the_log_says(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install"):
         trained(tmp_path / "other", "--steps", 1, "--tensorboard")
 
-def test_a_step_is_cut_as_little_as_memory_asks_for(capsys):
-    """The fewest equal micro-batches that fit; single items where nothing does. The CPU always fits."""
-    for most, pieces in ((64, 1), (63, 2), (5, 16), (0, 64)):
-        assert train.fewest(64, lambda n, device: n <= most, "cpu") == pieces
-        assert f"{pieces} micro-batches x {64 // pieces} items" in capsys.readouterr().out
-    assert train.fits(10 ** 9, None, None, None, None, torch.device("cpu"))
+def test_a_step_is_cut_as_little_as_memory_asks_for(monkeypatch, capsys):
+    """If not the fewest micro-batches that fit were taken, or blocks recomputed where one item fits."""
+    args, model, cpu = argparse.Namespace(batch_size=64), argparse.Namespace(), torch.device("cpu")
+    assert train.fits(10 ** 9, args, None, None, None, cpu)
+    for most, most_again, pieces in ((64, 64, 1), (63, 64, 2), (5, 64, 16), (0, 5, 16), (0, 0, None)):
+        model.grad_checkpoint = False
+        monkeypatch.setattr(train, "fits", lambda n, args, model: n <= (
+            most_again if model.grad_checkpoint else most))
+        if not pieces:
+            with pytest.raises(ValueError, match="one item does not fit"):
+                train.micro_batches(args, model)
+            continue
+        assert train.micro_batches(args, model) == pieces and model.grad_checkpoint == (most == 0)
+        said = capsys.readouterr().out
+        assert f"{pieces} micro-batches x {64 // pieces} items" in said
+        assert ("recomputed" in said) == model.grad_checkpoint
 
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
     """If a step waited for the disk: the write ends only after a later step has begun."""
