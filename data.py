@@ -10,8 +10,8 @@
 | objaverse | points | .npz per object: xyz and cond_token                | none; has condition tokens |
 
 In order: reading files, the data sets, load, the order of a run. B batch, R image side, P points. An item is
-uint8 (R,R,3), or float32 (P,3) in units of the object's own box; the class label; perhaps tokens (T,C). Item
-(i, rng) and batch s of (dataset, seed, s) depend on these alone: neither resuming nor another number of
+uint8 (R,R,3), or float32 (P,3) in units of the object's own box; the class label; perhaps tokens (T,C). An
+item is a function of (i, rng) and batch s one of (dataset, seed, s): neither resuming nor another number of
 processes changes what is read.
 """
 import atexit
@@ -35,8 +35,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 # Directories of splits: Train, train2017, training_set, ILSVRC2012_img_val, testA
 SPLIT = re.compile(r"(?:.*[-_])?(train|val|test)(?:ing|id|idation)?[-_]?(?:set|images|lmdb|[ab]|\d+)?", re.I)
-# No classes are LSUN's b/f/8/bf8b45.webp, hashes (ab/abcd01.png), NVIDIA's 00012/img00012345.png, FFHQ's
-# 12000/12345.png
+# Directories that are not classes: LSUN's b/f/8/bf8b45.webp, hashes (ab/abcd01.png), NVIDIA's
+# 00012/img00012345.png, FFHQ's 12000/12345.png
 STORED = re.compile(r"/((?:[\da-f]/){3,}[^/]+|(\d{5})/img\2\d{3}\.\w+|(\d\d)000/\3\d{3}\.\w+"
                     r"|([\da-f]{1,2})/(?:[\da-f]{2}/)?\4[\da-f]{14,}\.\w+)$", re.I)
 NO_IMAGE = re.compile(r"__.*|labels?\W.*|.*\.(json|txt|cls)|[^\d.]*")       # keys: length, label-01, __keys__
@@ -120,7 +120,10 @@ def find_shapes(path, split):
     if suffix.lower() in (".hdf5", ".h5"):
         import h5py
         with h5py.File(path) as file:      # ModelNet's holds arrays, which have no splits
-            return {name: getattr(group, "get", {}.get)(split, [])[:] for name, group in file.items()}
+            for name, group in file.items():
+                known = isinstance(group, h5py.Group) and split in group
+                shapes[name] = group[split][:] if known else []
+            return shapes
     for file in find_files(path, {".npy"}):
         name, part = ["", *file.split("/")][-3:-1]
         if split_of(part) == split:
@@ -177,7 +180,8 @@ def read_cloud(path, dtype=np.float32):
         if os.fspath(path).lower().endswith(".ply"):
             import trimesh
             cloud = np.asarray(getattr(trimesh.load(path, process=False), "vertices", ()))
-            count = int((re.search(rb"element\s+vertex\s+(\d+)", read_file(path)) or "00")[1])
+            head = re.search(rb"element\s+vertex\s+(\d+)", read_file(path))
+            count = int(head[1]) if head else 0
             if not 0 < count == len(cloud):            # trimesh reads a text that was cut
                 raise ValueError(f"found {len(cloud)} of {count} points")
         else:
@@ -204,8 +208,9 @@ def split_of(directory):
     return match and match[1].lower()
 
 def choose_split(ways, wanted):
-    """Which files are of a split, the directories left on their ways to them, and a line that says so. Splits
-    are the first directories that differ (x/train/...), or those below (airplane/train/...)."""
+    """Which files are of a split, the other directories of their paths, and a line that says so. `ways` are
+    the directories of each path. Splits are the first that differ (x/train/...), or those below
+    (airplane/train/...)."""
     shared = os.path.commonprefix(ways)
     start = next((k for k, name in enumerate(shared) if split_of(name)), len(shared))
     for depth in (start, start + 1):
@@ -269,7 +274,7 @@ class Folder:
         shared = len(os.path.commonprefix(left))
         marks = ["".join(way[shared:shared + 1]) for way in left]
         odd = [mark for mark in marks if mark.lower() in ("", "images", "image", "imgs", "img", "jpegimages")]
-        if {*marks} <= {max(marks), ""}:
+        if len({*marks} - {""}) < 2:
             return None
         if odd:
             file = self.files[marks.index(odd[0])]
@@ -295,7 +300,8 @@ class Folder:
         return pixels, int(self.labels[i])
 
 class Arrays(Folder):
-    """An .npz, in memory, or what tools/pack.py wrote, memory-mapped. Unnamed classes are the labels."""
+    """An .npz, in memory, or what tools/pack.py wrote, memory-mapped. Classes without names are named by their
+    labels."""
     needs = ("an .npz of `images` (or arr_0) uint8 (N,H,W) or (N,H,W,3), H = W without --res, perhaps "
              "`labels` (N,) and `label_names` (K,), or a directory that tools/pack.py wrote with this --res")
 

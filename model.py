@@ -5,7 +5,8 @@
 loss, ASFT, encoders, blocks and embeddings, coordinates. `python model.py` prints the presets.
 
     B batch   N context pairs   M queries   L latents   D width   H heads   p window side
-    K decoder levels   n pairs of a window   T condition tokens   b batch without the condition, divides B
+    K decoder levels   n pairs of a window   T condition tokens
+    b batch of the values: B, or B/2 under guidance, whose two halves share a context
 
     time      t (B,): 0 is data, 1 is noise
     path      xt = a(t) x0 + s(t) eps, velocity v = a'(t) x0 + s'(t) eps; on the linear path v = eps - x0
@@ -44,6 +45,11 @@ class Config:
     reread: bool = False           # perceiver encoder: every trunk block reads the context again
     n_classes: int = 0             # 0 = no class conditioning
     token_dim: int = 0             # 0 = no token conditioning
+
+    @property
+    def pairs(self):
+        """N, the coordinate-value pairs of a training sample."""
+        return self.res ** 2 if self.domain == "image" else self.points
 
 POINTS = dict(domain="points", encoder="perceiver", width=512, heads=4, reread=True)
 PRESETS = {
@@ -149,8 +155,8 @@ class ASFT(nn.Module):
 
     def init_weights(self):
         """Xavier for every matrix, zero biases; as in DiT gates, modulations and output start at zero.
-        The value stem keeps torch's start: without a bias its LayerNorm would hide the size of a value (loss
-        of the glyphs after 400 steps: 0.188, with it 0.177)."""
+        The value stem keeps torch's default: without a bias its LayerNorm would hide the size of a value
+        (loss of the glyphs after 400 steps: 0.188 without, 0.177 with)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -163,8 +169,8 @@ class ASFT(nn.Module):
         for stem in (module for module in self.modules() if isinstance(module, Stem)):
             stem[0].reset_parameters()
         for attention in (block.attention for block in self.decoder):
-            # queries and latents carry the same features of the place: a decoder whose keys start as its
-            # queries looks at the latents nearby, not at all alike (ours; docs/results.md, plateau)
+            # queries and latents carry the same features of the place: with equal weights for keys and
+            # queries, and twice the gain, attention starts local, not uniform (ours; docs/results.md)
             attention.kv.weight.data[:self.cfg.width] = attention.q.weight.data
             if self.cfg.qk_norm:
                 nn.init.constant_(attention.q_norm.weight, 2.0)
@@ -182,17 +188,15 @@ class ASFT(nn.Module):
         prepared = self.prepare(levels, t, label, drop)
         if not (self.grad_checkpoint and self.training):
             return self.decode(prepared, query_coords, query_values)                     # (B, M, 3)
-        velocities = []
-        for i in range(0, query_values.shape[1], 2048):
-            some = None if query_coords is None else query_coords[..., i:i + 2048, :]
-            some = some, query_values[:, i:i + 2048]
-            velocities.append(checkpoint(self.decode, prepared, *some, use_reentrant=False))
-        return torch.cat(velocities, 1)                                                  # (B, M, 3)
+        values = query_values.split(2048, 1)
+        places = [None for _ in values] if query_coords is None else query_coords.split(2048, -2)
+        chunks = [recomputed(self.decode, prepared, *some) for some in zip(places, values)]
+        return torch.cat(chunks, 1)                                                      # (B, M, 3)
 
     def encode(self, coords, values, t, label=None, tokens=None, drop=None):
         """Latents of every decoder level, K x (B, L, D). coords (N, 2), (B, N, 2) or None; values (b, N, 3),
         an image's whole training grid, in any order; drop (B,) bool puts in the null class and token."""
-        N = self.cfg.res ** 2 if self.cfg.domain == "image" else self.cfg.points
+        N = self.cfg.pairs
         if values.shape[2:] != (3,) or not self.reads and values.shape[1] != N:
             raise ValueError(f"context values must have shape (B, {N}, 3), not {tuple(values.shape)}")
         latents, context = self.encoder(coords, values)                                  # (b, L, D) (b, N, D)
@@ -210,7 +214,7 @@ class ASFT(nn.Module):
             kv = None
             if block.context_norm is not None:
                 kv = tuple(repeat_to(z, len(c)) for z in block.keys_values(context))     # (B, H, N, D/H) each
-            run = partial(checkpoint, block, use_reentrant=False) if again else block
+            run = partial(recomputed, block) if again else block
             x = run(x, block.modulations(c), kv, tokens, self.rope)                      # (B, L, D)
             if i in self.level_ends:
                 levels.append(x)
@@ -339,9 +343,9 @@ class WindowAttention(nn.Module):
     """Cross-attention of every latent to the n pairs of its own window, then LayerNorm and an MLP.
     Absorbed form: the batch shares q_l, so score(l, n) = (W_k^T q_l) . x_n (a key bias cancels) and
     out_l = W_v (sum_n a_ln x_n) + b_v. At 256 x 256 it saves B 150 of 496 forward GFLOP, and keys and values.
-    Some windows at a time, in training again in the backward pass: XL's whole x (N, D) would be 151 MB a
+    Windows are read in chunks, recomputed in the backward pass: XL's whole x (N, D) would be 151 MB a
     sample in bfloat16, while reading costs 2 % of the FLOPs."""
-    AT_A_TIME = {"cpu": 2 ** 21, "cuda": 2 ** 28}      # numbers of the embedded pairs; a CPU's fit its cache
+    AT_A_TIME = {"cpu": 2 ** 21, "cuda": 2 ** 28}      # elements of x in a chunk; on a CPU they fit its cache
 
     def __init__(self, cfg):
         super().__init__()
@@ -369,7 +373,7 @@ class WindowAttention(nn.Module):
         some = max(1, self.AT_A_TIME.get(values.device.type, 2 ** 28) // (b * n * D))
         pool = self.pool
         if some < L and torch.is_grad_enabled():
-            pool = partial(checkpoint, self.pool, use_reentrant=False, preserve_rng_state=False)
+            pool = partial(recomputed, self.pool)
         x = torch.cat([pool(*part, embed) for part in zip(q.split(some), values.split(some))], 1)
         return self.mlp(self.norm(x + self.v.bias))                                      # (b, L, D)
 
@@ -479,6 +483,9 @@ def time_features(t, width=256):
     angle = 1000 * t.float()[:, None] * freqs
     return torch.cat([angle.cos(), angle.sin()], -1)
 
+# A function whose activations are computed again in the backward pass; nothing here draws random numbers.
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
 def repeat_to(x, B):
     """Repeats what does not see the condition for the halves of guidance: (b, ...) -> (B, ...)."""
     return x if len(x) == B else x.expand(B // len(x), *x.shape).flatten(0, 1)           # no copy of b = 1
@@ -496,7 +503,7 @@ def image_coords(height, width=None, device=None, box=None):
 
 def image_freqs(res, width):
     """Angular frequencies (D/4,). The top one is below the Nyquist limit pi res of the training grid, so that
-    nothing is left free between the training pixels."""
+    the training pixels determine every one of them."""
     return math.pi * 2 ** torch.linspace(0, math.log2(7 * res / 16), width // 4)
 
 def fourier(coords, freqs):
@@ -534,7 +541,7 @@ DECODED = {"tiny": 256, "point-tiny": 512, "point-B": 2048, "point-L": 2048, "po
 def forward_flops(cfg, decoded):
     """Floating-point operations of a training sample's forward pass, on the meta device, and parameters."""
     from torch.utils.flop_counter import FlopCounterMode
-    N = cfg.res ** 2 if cfg.domain == "image" else cfg.points
+    N = cfg.pairs
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model, x0 = ASFT(cfg), torch.empty(1, N, 3)
         coords = torch.empty(N, 2) if cfg.domain == "image" else None

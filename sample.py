@@ -1,8 +1,8 @@
 """Sample images or point clouds from a checkpoint, at any resolution: python sample.py --res 512
 
 The encoder sees the context at the training resolution: pairs of its own noise, integrated along with the
-queries. These are any other coordinates and never feed back into the latents: one seed has one content at
-every resolution, and cost is linear in them. Noise is a function of (seed, sample, place, step) alone.
+queries. Queries may be any coordinates and never feed back into the latents: one seed has one content at
+every resolution, and cost is linear in the queries. Noise is a function of (seed, sample, place, step) alone.
 
 In this order: solvers; velocity, `generate`; noise; samples as files; checkpoints; processes; command line.
 train.py and evaluate.py use its parts. It needs model.py alone, whose alphabet and conventions it keeps."""
@@ -177,10 +177,10 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
     label (B,) int64; tokens (B, T, token_dim). guidance_interval: (low, high), the times with guidance.
     noise: of the queries, one of NOISES; noise_length: of coupled noise, in training pixels. refine: see
     `Velocity.interpolated`, for large images, one sample at a time. options: those of the solver."""
-    cfg, image, trained = model.cfg, model.cfg.domain == "image", shape_of(model.cfg)
-    N, (height, width) = math.prod(trained), shape_of(cfg, size)
+    cfg, image, N = model.cfg, model.cfg.domain == "image", model.cfg.pairs
+    height, width = shape_of(cfg, size)
     coupled = image and noise == "coupled"
-    apart = coupled or (height, width) != trained                      # there are queries beyond the context
+    apart = coupled or (height, width) != shape_of(cfg)                # there are queries beyond the context
     part = part if image or not part else (0, part[0], 1, part[1])
     x0, y0, x1, y1 = part or (0, 0, width, height)                     # what is asked for
     left, top, right, bottom = (x0, y0, x1, y1) if apart else (0, 0, width, height)          # what is drawn
@@ -278,7 +278,8 @@ GENERATED = "guidance", "guidance_interval", "noise", "noise_length", "refine"  
 AT_ONCE = 2 ** 20         # queries of a batch: their state and noise are some 100 MB
 
 def resolve(cfg, checkpoint, size=None, **wishes):
-    """The setting of some samples as JSON values: wishes that are not None, over the recipe, over WISHES."""
+    """The setting of some samples as JSON values: wishes, where not None, override the recipe's values, which
+    override WISHES."""
     config, names, recipe = (checkpoint["config"][key] for key in ("settings", "class_names", "sampling"))
     given = {name: wish for name, wish in dict(wishes, size=size).items() if wish is not None}
     setting = WISHES | {name: value for name, value in recipe.items() if name in WISHES} | given
@@ -321,8 +322,9 @@ def parse_classes(wanted, names):
 
 def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=False, **wishes):
     """Writes n samples of a loaded checkpoint (see `load`), or this process's share; returns their directory.
-    n: None is 16, or as many as have a million queries in all. wishes: see WISHES and `generate`; classes are
-    names or indices, taken in turn, tokens a path. Samples of the same setting that exist are skipped."""
+    n: default 16, fewer where they have more than AT_ONCE queries in all. wishes: see WISHES and `generate`;
+    classes are names or indices, taken in turn, tokens a path. Samples of this setting that exist are
+    skipped."""
     image, setting = model.cfg.domain == "image", resolve(model.cfg, checkpoint, **wishes)
     queries, options, size = math.prod(setting["shape"]), setting["options"], setting["size"]
     if queries > 16 * AT_ONCE:
@@ -343,6 +345,7 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
            f"to {out}")
     if todo and RANK == 0:
         seconds = len(todo) * calls * seconds_of_a_call(model, setting, tokens)
+        # refined: at least a corner and the middle of each cell are decoded
         least = f"{2 * seconds / refined ** 2:.0f} to " if refined else ""
         print0(f"about {least}{seconds:.0f} s: {len(todo)} x {calls} evaluations of {queries:,} queries")
     started = time.time()
@@ -377,15 +380,14 @@ def draw(model, setting, indices, size=None, part=None, tokens=None, **more):
     return x.float().cpu(), nfe
 
 def seconds_of_a_call(model, setting, tokens):
-    """What one velocity of one sample takes, judged by an Euler step at another size than any trained on."""
+    """Seconds per velocity evaluation of one sample, timed on a small image or cloud of another size."""
     probe = (64, 63) if model.cfg.domain == "image" else 64 * 63
     once = setting | dict(size=probe, crop=None, solver="euler", options={"steps": 1}, refine=0.0)
     for _ in range(2):                                                 # the first warms up
         began = time.time()
         draw(model, once, [0], tokens=tokens)
-    trained = shape_of(model.cfg)
-    apart = shape_of(model.cfg, setting["size"]) != trained or setting["noise"] == "coupled"
-    N, queries = math.prod(trained), math.prod(setting["shape"]) * apart
+    apart = shape_of(model.cfg, setting["size"]) != shape_of(model.cfg) or setting["noise"] == "coupled"
+    N, queries = model.cfg.pairs, math.prod(setting["shape"]) * apart
     return (time.time() - began) * (N + queries) / (N + 64 * 63)
 
 def begin(out, n, setting, checkpoint, kind):
@@ -496,7 +498,7 @@ def find_checkpoint(path=None):
 def read_checkpoint(path, mmap=False):
     """A checkpoint of train.py on the CPU, with its `path`; of a run directory the newest whole one."""
     for file in checkpoints(path) if Path(path).is_dir() else [Path(path)]:
-        written = file.stat().st_mtime_ns                              # a missing file is no damaged one
+        written = file.stat().st_mtime_ns                              # raises where the file is missing
         try:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()                           # torch compares no checksums of its own
@@ -513,12 +515,14 @@ def read_checkpoint(path, mmap=False):
 def load(path=None, weights="ema"):
     """The model of a checkpoint (evaluation mode, CPU), and the checkpoint; its `home` is for its samples."""
     ckpt = read_checkpoint(find_checkpoint(path), mmap=True)
-    file = ckpt["path"].resolve()
+    file, kind = ckpt["path"].resolve(), "ema" if weights == "ema" else "model"
+    if kind not in ckpt:
+        raise ValueError(f"{ckpt['path']}: holds averaged weights alone, no raw ones")
     home = Path("samples", file.stem) if file.parent == WEIGHTS else ckpt["path"].parent / "samples"
     try:
         model = ASFT(Config(**ckpt["config"]["model"]))
-        model.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
-    except (TypeError, RuntimeError, KeyError) as e:
+        model.load_state_dict(ckpt[kind])
+    except (TypeError, RuntimeError) as e:
         raise ValueError(f"{ckpt['path']}: not a model of this model.py: {str(e)[:600]}") from None
     with open(file, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
@@ -563,7 +567,7 @@ def print0(text="", file=None):
         print(text, file=file, flush=True)
 
 def run_main(main):
-    """Runs a command; what is wrong from outside ends in one line and status 2."""
+    """Runs a command; an error of its input ends in one line and status 2."""
     sys.stdout.reconfigure(errors="backslashreplace")                  # file names need not be text
     try:
         main()
@@ -584,24 +588,26 @@ def start_processes(name="auto", backend=None):
     kind, _, number = name.partition(":")
     index = int(number or os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
     if kind not in ("cpu", "mps", "cuda") or kind == "cuda" and index >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: expected auto, cpu, mps, cuda:N, N < {torch.cuda.device_count()}")
+        raise ValueError(f"--device {name}: expected auto, cpu, mps, cuda or cuda:N; found "
+                         f"{torch.cuda.device_count()} CUDA devices")
     if kind == "cpu" and sys.platform == "linux":
-        # M_MMAP_MAX, M_TRIM_THRESHOLD: keeps freed memory, which the kernel would zero: 30 % of sampling
+        # M_MMAP_MAX, M_TRIM_THRESHOLD keep freed memory: the kernel would zero it anew, 30 % of sampling time
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, -1)
     if kind == "cuda":
         torch.cuda.set_device(index)
         torch.set_float32_matmul_precision("high")                  # TF32 for what autocast leaves in float32
     if "RANK" in os.environ and not dist.is_initialized():
-        # samplers meet only where the slowest process ends: waiting there for days is no fault
+        # samplers wait for each other only at the end, perhaps for days
         patience = timedelta(days=7) if backend else None
         dist.init_process_group(backend or ("nccl" if kind == "cuda" else "gloo"), timeout=patience)
     return torch.device(f"cuda:{index}" if kind == "cuda" else kind)
 
 def autocast(device, dtype, auto):
-    """The context of a dtype's name; "auto" is bfloat16 where CUDA has it, else `auto`."""
+    """The context of a dtype's name; "auto" is bfloat16 where a GPU multiplies in it, else `auto`."""
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else auto
+        own = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if own else auto
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 def wait_for_all():
@@ -625,7 +631,7 @@ def positive(text, least=1):
 def natural(text):
     return positive(text, 0)
 
-def box(text):
+def parse_box(text):
     x0, y0, x1, y1 = (natural(number) for number in text.split(","))
     return x0, y0, x1, y1
 
@@ -645,7 +651,7 @@ def check_compiler(device):
         raise ValueError(f"torch.compile: {reason}; --no-compile does without it") from None
 
 def compile_parts(model):
-    """Compiles encoder and decoder; chunks and batches of another size share a graph after the first two."""
+    """Compiles encoder and decoder; a second size of chunk or batch compiles them for any size."""
     check_compiler(model.device)
     for name in ("encode", "prepare", "decode"):
         setattr(model, name, torch.compile(getattr(model, name)))
@@ -661,7 +667,7 @@ def parser():
     flag("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="names or indices, in turn")
     flag("--seed", type=natural, default=0)
     flag("--res", help="images: side, HEIGHTxWIDTH, or 4x, times the training resolution (default: 1x)")
-    flag("--crop", type=box, metavar="x0,y0,x1,y1", help="images: this box alone, in pixels of the whole")
+    flag("--crop", type=parse_box, metavar="x0,y0,x1,y1", help="images: draw this box of the pixels alone")
     flag("--points", type=positive, help="point clouds: number of points (default: that of training)")
     flag("--tokens", metavar="PATH", help="condition tokens, .npz or a directory of them (tools/tokens.py)")
     flag("--guidance", type=float, help="classifier-free guidance scale; 1 is none (default: the recipe's)")
@@ -680,7 +686,7 @@ def parser():
     flag("--last", type=float, help="sde: size of the last step (default: 0.004)")
     flag("--out", help="output directory (default: in samples/ of the run, named by the setting)")
     flag("--npz", action="store_true", help="also samples.npz, as ADM: arr_0 uint8 (n,H,W,3), arr_1 labels")
-    flag("--batch", type=positive, help="samples at a time (default: by resolution)")
+    flag("--batch", type=positive, help="samples at a time (default: by resolution; 1 where --refine acts)")
     flag("--chunk", type=positive, help="queries decoded at a time (default: 4096 on the CPU, else 65536)")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: for many samples on a GPU")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")

@@ -8,7 +8,6 @@ the run directory. Alphabet and conventions are those of model.py.
 import argparse
 import copy
 import inspect
-import itertools
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ from sample import (RANK, SOLVERS, WORLD, autocast, check_compiler, checkpoints,
 
 PAPER = dict(lr=1e-4, warmup=0, schedule="constant", ema=0.999, clip=2.0, drop=0.1, path="linear",
              times="uniform", beta2=0.999, flip=False, solver="euler", sampling_steps=100, guidance=1.0,
-             noise="white", noise_length=4.0, refine=0.0)                                    # its App. A
+             noise="white", noise_length=4.0, refine=0.0)                            # the paper's App. A
 IMAGENET = dict(PAPER, loader="folder", model="XL", batch_size=512, steps=1_700_000, guidance=1.5, flip=True,
                 labels=True)
 SCENES = dict(PAPER, loader="folder", model="B", res=256, decode=8192, batch_size=256, steps=1_000_000,
@@ -63,7 +63,8 @@ RECIPES = {
     "objaverse": dict(PAPER, loader="objaverse", model="point-objaverse", points=16384, decode=16384,
                       batch_size=384, steps=500_000, solver="sde", sampling_steps=500, guidance=5.0),
 }
-ON_CPU = {name: dict(SMALL_POINTS, loader=name) for name in ("shapenet", "objaverse")}    # without --model
+# without CUDA, and without --model
+ON_CPU = {name: dict(SMALL_POINTS, loader=name) for name in ("shapenet", "objaverse")}
 SCHEDULES = {"constant": lambda done: 1.0, "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done)}
 
 # ---- Flags: name -> default (None: the recipe's or preset's), type or choices, help -----------------------
@@ -154,7 +155,8 @@ def settings(argv=None):
         raise ValueError(f"{out} holds a run already: continue it with --resume auto, or give another --out")
     for name in ("dataset", "model", "batch_size", "seed"):            # data order and weights rest on them
         if stored and given.get(name, stored[name]) != stored[name]:
-            raise ValueError(f"--{name} {given[name]}: the run to resume has {stored[name]}")
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {given[name]}: the run to resume has {stored[name]}")
     if "init" in given:                                    # its architecture is the default
         old = read_checkpoint(find_checkpoint(given["init"]), mmap=True)["config"]["settings"]
         stored = {name: old[name] for name in ("model", *ARCHITECTURE)} | stored
@@ -234,7 +236,7 @@ def main(argv=None):
         workers = 4 if device.type == "cuda" else int(args.loader in ("folder", "shapenet", "objaverse"))
     batches = data.loader(dataset, args.seed, step, args.batch_size, micro, RANK, WORLD, workers,
                           pin=device.type == "cuda", skip_bad=left_out)
-    signals, stop, bad_row = [], None, 0
+    signals, stop, failure, bad_row = [], None, None, 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
     sums = torch.zeros(5, device=device)       # loss, finite losses, skipped steps, signals, items left out
@@ -257,19 +259,18 @@ def main(argv=None):
         if last:
             break
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step)
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
         try:
             parts = [next(batches) for _ in range(pieces)]
         except ValueError as e:                            # an item; the weights are those of this step
             if WORLD > 1:
                 raise
-            stop = e
+            stop = failure = e
             continue
         for i, part in enumerate(parts, RANK * pieces):
             with net.no_sync() if WORLD > 1 and part is not parts[-1] else nullcontext():
                 loss = micro_loss(net, coords, part, step, range(i * micro, (i + 1) * micro), args, device)
-                # 0 * inf: a loss that is not finite leaves no gradient finite, in any process
+                # an infinite loss may have finite gradients; times 0 * inf they are NaN in every process
                 (loss / pieces).backward(1 + 0 * loss.detach())
             sums[0] += loss.detach().nan_to_num(0, 0, 0)
             sums[1] += loss.detach().isfinite()
@@ -279,6 +280,7 @@ def main(argv=None):
         step += 1
         bar.update()
 
+        # also before a save: a resumed run would lose what was not logged
         log_due = step % args.log_every == 0 or step % args.save_every == 0 or step == args.steps
         if log_due or signals and WORLD == 1:
             sums[3:] += torch.tensor([len(signals), len(left_out or ())], device=device)
@@ -288,7 +290,7 @@ def main(argv=None):
             stop = "stopped by a signal" if stopping else None
             rate = (step - logged) * args.batch_size / (time.time() - began)
             record = dict(step=step, loss=total / finite if finite else None,
-                          grad_norm=norm.item() if norm.isfinite() else None, lr=group["lr"],
+                          grad_norm=norm.item() if norm.isfinite() else None, lr=lr,
                           skipped=int(skipped) // WORLD, left_out=int(missing), samples_per_s=round(rate, 2))
             if device.type == "cuda":
                 record["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
@@ -301,8 +303,9 @@ def main(argv=None):
             logged, began = step, time.time()
 
     bar.close()
-    if isinstance(stop, ValueError):
-        raise ValueError(f"{stop}; step {step} is saved, continue with --resume auto")
+    if failure:
+        saved = f"step {step} is saved, continue with --resume auto"
+        raise ValueError(f"{failure}; {saved if step else '--skip-bad leaves such items out'}")
     print0(f"{stop or 'done'} at step {step}; draw samples with: python sample.py --ckpt {args.out}")
 
 # ---- Set-up -----------------------------------------------------------------------------------------------
@@ -314,7 +317,7 @@ def build(args, given):
     takes = {name.replace("path", "data") for name in takes}
     for name in given.keys() & {"data", *options} - takes:
         raise ValueError(f"--{name}: does not apply to --dataset {args.dataset}")
-    dataset, domain = data.load(args.loader, args.data, **options), PRESETS[args.model].get("domain", "image")
+    dataset, domain = data.load(args.loader, args.data, **options), config(args.model).domain
     if dataset.domain != domain:
         raise ValueError(f"--model {args.model}: it is for {domain}, the data set for {dataset.domain}")
     if args.labels and not dataset.class_names:
@@ -328,9 +331,8 @@ def configure(args, processes, **changes):
     """The model configuration. Raises ValueError where batch or decoded pairs do not fit it."""
     changes |= {name: getattr(args, name) for name in ARCHITECTURE if getattr(args, name) is not None}
     cfg, pieces = config(args.model, **changes), args.accumulate or 1
-    N = cfg.res ** 2 if cfg.domain == "image" else cfg.points
-    if args.decode > N:
-        raise ValueError(f"--decode {args.decode}: expected at most {N}, the pairs of a training sample")
+    if args.decode > cfg.pairs:
+        raise ValueError(f"--decode {args.decode}: expected at most {cfg.pairs}, the pairs of a sample")
     if args.batch_size % (processes * pieces):
         raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {processes} processes x "
                          f"{pieces} micro-batches (--accumulate)")
@@ -366,7 +368,9 @@ def start(args, cfg, ckpt, dataset, device):
         check_compiler(device)
         net = torch.compile(model)
     if WORLD > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+        # no buffer ever changes
+        net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False,
+                                                        gradient_as_bucket_view=True)
     return model, ema, optimizer, net
 
 def initialise(model, path, class_names):
@@ -374,7 +378,7 @@ def initialise(model, path, class_names):
     ckpt = read_checkpoint(find_checkpoint(path))
     old, state = ckpt["config"]["class_names"], ckpt["ema"]
     if old != class_names:
-        print0(f"--init {path}: embeddings of {len(class_names)} classes are new, instead of its {len(old)}")
+        print0(f"--init {path}: the embeddings of {len(class_names)} classes start anew, its {len(old)} go")
         state.pop("classes.weight", None)
         if class_names:
             state["classes.weight"] = model.classes.weight
@@ -390,8 +394,8 @@ def resume(ckpt, run, model, ema, optimizer):
     old = before["model"] | dict(classes=before["class_names"])
     differ = [name for name in now if now[name] != old.get(name)]
     if differ or "optimizer" not in ckpt:
-        raise ValueError(f"{file}: its run has other {', '.join(differ) or 'contents: weights alone'}; "
-                         "--init starts a new run from its weights")
+        what = f"its run has other {', '.join(differ)}" if differ else "it holds weights alone"
+        raise ValueError(f"{file}: {what}; --init starts a new run from them")
     if before["items"] != run["items"]:
         print0(f"warning: {run['items']} items, {before['items']} before: the data order changes here")
     groups = optimizer.state_dict()["param_groups"]                    # learning rate and betas of the flags
@@ -412,29 +416,26 @@ def gather(thing):
         dist.all_gather_object(things, thing)
     return things
 
-def micro_batches(args, model, *task):
-    """Into how many micro-batches a process's share of a step is cut: as few as let every process fit one.
+def micro_batches(args, model, coords, dataset, device):
+    """Into how many micro-batches a process's share of a step is cut: the fewest that fit in every process.
     Blocks are recomputed, as by --grad-checkpoint, only where not even single items fit otherwise."""
     items = args.batch_size // WORLD
-    counts = [n for n in range(1, items + 1) if items % n == 0]
-    for again, pieces in itertools.product(sorted({model.grad_checkpoint, True}), counts):
+    for again in (True,) if model.grad_checkpoint else (False, True):
         model.grad_checkpoint = again
-        if all(gather(fits(items // pieces, args, model, *task))):
-            kind = "recomputed" if again else "kept"
-            print0(f"a step: {WORLD} processes x {pieces} micro-batches x {items // pieces} items, "
-                   f"activations {kind}")
-            return pieces
+        for pieces in (n for n in range(1, items + 1) if items % n == 0):
+            if all(gather(fits(items // pieces, args, model, coords, dataset, device))):
+                kind = "recomputed" if again else "kept"
+                print0(f"a step: {WORLD} processes x {pieces} micro-batches x {items // pieces} items, "
+                       f"activations {kind}")
+                return pieces
     raise ValueError("one item does not fit the GPU; expected a smaller --model or fewer pairs (--decode)")
 
 def fits(n, args, model, coords, dataset, device):
-    """Whether n items, and the optimizer's state to come, take at most 0.9 of the GPU. It is tried."""
+    """Whether n items, and the optimizer's state to come, take at most 0.9 of the GPU, by one trial."""
     if device.type != "cuda":
         return True
-    N = model.cfg.points if coords is None else len(coords)
-    batch = [torch.zeros(n, N, 3), torch.zeros(n, dtype=torch.long)]
-    if model.cfg.token_dim:
-        batch.append(torch.zeros(n, dataset.n_tokens, model.cfg.token_dim))
-    torch.cuda.reset_peak_memory_stats(device)
+    batch, _ = data.Run(dataset, args.seed, tries=100)[[0]]
+    batch = [x.expand(n, *x.shape[1:]) for x in batch]
     try:
         micro_loss(model, coords, batch, 0, range(n), args, device).backward()
         state = 12 * sum(p.numel() for p in model.parameters())       # two moments, and DDP's gradients
@@ -444,6 +445,7 @@ def fits(n, args, model, coords, dataset, device):
     finally:
         model.zero_grad()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 def cpu_dtype():
     """bfloat16 where this processor multiplies in it; elsewhere it is emulated, slower than float32."""
@@ -452,7 +454,7 @@ def cpu_dtype():
 # ---- Run directory ----------------------------------------------------------------------------------------
 
 def attempt(write, *args, last=False):
-    """write(*args). A disk that is full or gone is said; it ends a training where the `last` step is lost."""
+    """write(*args). A full or missing disk is a warning, and an error only where the last step is lost."""
     try:
         return write(*args)
     except (OSError, RuntimeError) as e:                               # torch's writer raises RuntimeError
@@ -461,19 +463,19 @@ def attempt(write, *args, last=False):
         print0(f"warning: {e}; the next interval tries again")
 
 def save(out, state, saved, keep):
-    """ckpt.pt, and the `keep` before it as ckpt-STEP.pt. They are touched once the new one is on disk."""
+    """ckpt.pt, and the `keep` before it as ckpt-STEP.pt, which change only once the new one is written."""
     write_atomic(out / "next.pt", lambda f: torch.save(state, f))
     if saved and keep:
         os.replace(out / "ckpt.pt", out / f"ckpt-{saved:07d}.pt")
     os.replace(out / "next.pt", out / "ckpt.pt")
-    earlier = checkpoints(out)[1:]                         # later ones are of a future that was given up
+    earlier = checkpoints(out)[1:]             # later ones are left by a run resumed from an earlier step
     for old in {*earlier} - {*[p for p in earlier if int(p.stem[5:]) < state["step"]][:keep]}:
         old.unlink()
     return state["step"]
 
 class RunDirectory:
     """What a run writes, by its first process. records: the lines of log.jsonl, up to the checkpoint where
-    one is resumed. saved: the step of ckpt.pt, None where there is none of use."""
+    one is resumed. saved: the step of ckpt.pt, None where it is missing or damaged."""
 
     def __init__(self, args, run, ckpt):
         self.args, self.run, self.out, self.records, self.board = args, run, Path(args.out), [], None
@@ -482,6 +484,8 @@ class RunDirectory:
         if RANK > 0:
             return
         self.out.mkdir(parents=True, exist_ok=True)
+        if args.wandb:                                     # a resumed run goes on in its old record
+            run["wandb"] = ckpt and ckpt["config"].get("wandb") or os.urandom(4).hex()
         write_json(self.out / "config.json", run)
         path = self.out / "log.jsonl"
         for line in path.read_bytes().splitlines() if ckpt and path.exists() else []:
@@ -495,8 +499,8 @@ class RunDirectory:
                 from torch.utils.tensorboard import SummaryWriter
                 if args.wandb:
                     import wandb
-                    wandb.init(project=args.wandb, name=self.out.name, id=args.out.replace(os.sep, "-"),
-                               resume="allow", dir=self.out, config=run, sync_tensorboard=True)
+                    wandb.init(project=args.wandb, name=self.out.name, id=run["wandb"], resume="allow",
+                               dir=self.out, config=run, sync_tensorboard=True)
                 self.board = SummaryWriter(self.out)
 
     def log(self, record, bar):
@@ -537,10 +541,12 @@ class RunDirectory:
             self.future = None
 
     def evaluate(self, step, device):
-        """Scores ckpt.pt by evaluate.py. It is a process of its own: training's randomness is left alone."""
-        if any(r["step"] == step and "eval" in r for r in self.records):
-            return                                                     # before the run was resumed
+        """Scores ckpt.pt by evaluate.py, in a process of its own, which leaves training unaffected."""
         self.wait()
+        if self.saved != step or any(r["step"] == step and "eval" in r for r in self.records):
+            return                                 # the save failed, or it was scored before a resume
+        if device.type == "cuda":
+            torch.cuda.empty_cache()               # the other process needs some of it
         args, program = self.args, [sys.executable, Path(__file__).with_name("evaluate.py")]
         metric = "1nna_cd" if args.points else "fd" if "--features" in args.eval_flags else "fid"
         same = "dataset", "data", "category", "res", "points", "seed"
@@ -563,7 +569,7 @@ class RunDirectory:
         scores = [(r["step"], [*r["eval"].values()][0]) for r in self.records if r.get("eval")]
         if not losses:
             return
-        mean = itertools.accumulate(losses, lambda old, new: (new[0], 0.95 * old[1] + 0.05 * new[1]))
+        mean = accumulate(losses, lambda old, new: (new[0], 0.95 * old[1] + 0.05 * new[1]))
         steps, low, high = losses[-1][0], min(y for _, y in losses), max(y for _, y in losses)
         span, top = high - low or 1, max([y for _, y in scores], default=1) or 1
         sheet = Image.new("RGB", (720, 360), "white")
