@@ -420,7 +420,7 @@ def evaluate(args):
                             tokens=args.tokens, guidance=args.guidance, solver=args.solver, dtype=args.dtype,
                             options={"steps": args.steps} if args.steps else {})
         task.fake = open_set(str(out), args, "--fake")
-    task.protocol |= protocol(task)
+    task.protocol = protocol(task) | task.protocol
     scores = compute(task, names, runs)
     if RANK:
         return None
@@ -522,7 +522,7 @@ def stats(args):
     real.count = min(real.count, args.n or real.count)
     names, runs = choose(task, "image")
     names = [name for name in names if "real" in METRICS[name].needs]
-    task.protocol |= protocol(task)
+    task.protocol = protocol(task) | task.protocol
     extract(task, "real", names, runs)
     arrays = {"features": rows.numpy() for rows in task.rows.values()}
     for name in names:
