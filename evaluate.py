@@ -498,7 +498,8 @@ def check_pair(task, names):
                   "exceeds what models differ by")
     lossy = {bool({"jpg", "jpeg", "webp", "avif", "jp2"} & {*kind.split("+")}) for kind in types if kind}
     if len(lossy) == 2:
-        task.warn(f"file types differ: {types[0]} samples, {types[1]} references; compression moves FID")
+        task.warn(f"file types differ: {types[0]} samples, {types[1]} references; "
+                  "compression alone moves FID")
     if None not in sizes and sizes[0] != sizes[1]:
         task.warn(f"sizes differ: samples {sizes[0]}, references {sizes[1]}; --res brings images to one")
     same = None not in hashes and hashes[0] == hashes[1]

@@ -310,14 +310,15 @@ def prepare(part, tree):
         places = f"TEXCOORD_{texture_of(tree['materials'][part['material']])[0]}"
         if places in attributes:
             attributes["TEXCOORD_0"] = attributes[places]
-    numbers = {name: attributes[name] for name in ("POSITION", "TEXCOORD_0", "COLOR_0") if name in attributes}
-    numbers |= {"indices": part["indices"]} if "indices" in part else {}
-    used = {name: tree["accessors"][k] for name, k in numbers.items()}
-    unread = {"a fan of triangles": part.get("mode") == 6,
-              "a sparse accessor": any("sparse" in x or "bufferView" not in x for x in used.values()),
-              "normalised integers": any(used[name].get("normalized") for name in used.keys() - {"COLOR_0"})}
-    for what in (what for what, found in unread.items() if found):
-        raise ValueError(f"found {what}, which trimesh does not read")
+    names = [name for name in ("POSITION", "TEXCOORD_0", "COLOR_0") if name in attributes]
+    numbers = [*(attributes[name] for name in names), *([part["indices"]] if "indices" in part else [])]
+    used = [tree["accessors"][k] for k in numbers]
+    if part.get("mode") == 6:
+        raise ValueError("found a fan of triangles, which trimesh does not read")
+    if any("sparse" in table or "bufferView" not in table for table in used):
+        raise ValueError("found a sparse accessor, which trimesh does not read")
+    if any(table.get("normalized") for name, table in zip(names, used) if name != "COLOR_0"):
+        raise ValueError("found normalised integers, which trimesh does not scale")
 
 READERS = {".obj": read_obj, ".off": read_off, ".ply": read_ply, ".stl": read_stl, ".glb": read_gltf,
            ".gltf": read_gltf}
