@@ -2,10 +2,7 @@
 
 Reads OpenAI's released file (Radford et al. 2021) and open_clip's of the same layout. FID_CLIP follows
 clean-fid: features after the projection, not normalised, in float32. In order: preprocess; VisionTransformer,
-its sizes in TOWERS; load. Alphabet: B images, T tokens (class, patches), D width, H heads. Needs Pillow.
-
-    tower = load(path)
-    features = tower(preprocess(images))                   # images uint8 (B,H,W,3) -> (B,512)
+its sizes in TOWERS; load; features. Alphabet: B images, T tokens (class, patches), D width. Needs Pillow.
 """
 import textwrap
 import warnings
@@ -40,30 +37,17 @@ def quick_gelu(x):
     """What OpenAI's towers were trained with."""
     return x * torch.sigmoid(1.702 * x)
 
-class Attention(nn.Module):
-    """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                             # (B, H, T, D/H)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
 class Block(nn.Module):
     def __init__(self, width, heads, hidden, activation):
         super().__init__()
-        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(width), Attention(width, heads), nn.LayerNorm(width)
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(width, hidden), c_proj=nn.Linear(hidden, width)))
         self.activation = activation
 
     def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
         return x + self.mlp.c_proj(self.activation(self.mlp.c_fc(self.ln_2(x))))
 
 class VisionTransformer(nn.Module):
@@ -96,8 +80,8 @@ TOWERS = {
 def load(path):
     """The tower of a file, one of TOWERS, in evaluation mode on the CPU, in float32.
 
-    Takes OpenAI's TorchScript archive, or a state dict with keys visual.*, or the tower's own keys alone; the
-    text tower's are not read. Raises ValueError naming the file and what does not fit."""
+    Takes OpenAI's TorchScript archive, or a state dict with keys visual.*, or the tower's own keys alone.
+    ValueError names the file and what does not fit."""
     try:
         names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
         if any(name.endswith("constants.pkl") for name in names):
@@ -115,3 +99,7 @@ def load(path):
         found = textwrap.shorten(str(e).split("Unpickler error:")[-1], 300)
         raise ValueError(f"{path}: expected CLIP's visual tower; {type(e).__name__}: {found}") from None
     return tower.eval().requires_grad_(False)
+
+def features(tower, images):
+    """{"clip": (B,out)}, of FID_CLIP, of images uint8 (B,H,W,3)."""
+    return {"clip": tower(preprocess(images).to(tower.proj.device))}

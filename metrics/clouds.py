@@ -7,7 +7,7 @@ Neither is symmetric; exact optimal transport gives other numbers. All three are
     scores(ref, smp, "chamfer")             {"mmd": ..., "cov": ..., "1nna": ...} in the published scales
     pairwise(ref, smp, "lion")              M[i,j] = EMD(ref_i, smp_j)
 
-In order: normalise_box; chamfer, emd_approx, emd_exact; pairwise and estimate, over all pairs of two sets;
+In order: normalise_box, comparable; chamfer, emd_approx, emd_exact; pairwise and estimate, over all pairs;
 mmd_cov, one_nna, jsd, scores. Alphabet: S clouds of P points are a set (S,P,3), B pairs at a time X (B,P,3)
 and Y (B,Q,3). Needs torch, numpy, scipy and tqdm. """
 import hashlib
@@ -49,6 +49,30 @@ def normalise_box(clouds):
     for i in np.flatnonzero(~((side > 0) & (side < np.inf))):
         raise ValueError(f"cloud {i}: its points are all the same, or too far apart")
     return ((clouds - (low + high) / 2) / side).astype(np.float32)
+
+def comparable(smp, ref, box, rules=(None, None), affines=((), ()), warn=print):
+    """Samples and references (S,P,3) in one scale, of one P, no more samples than references, as in LION's
+    code; the scale in words. rules: how either was normalised, "box", "global", or None where nobody knows;
+    affines: either's mean and std, which undo the latter. warn(text) is told of what is odd."""
+    if box:
+        scale, smp, ref = "box: longest side to 1 (LION)", normalise_box(smp), normalise_box(ref)
+    elif affines[1] and rules[0] != "box":
+        scale, (mean, std) = "x std + mean of the reference file (LION's global protocol)", affines[0]
+        smp, ref = smp * std[:1] + mean[:1], ref * affines[1][1] + affines[1][0]
+    else:
+        scale = f"samples normalised by {rules[0] or 'unknown'}, references by {rules[1] or 'unknown'}"
+        if rules[0] != rules[1] and None not in rules:
+            raise ValueError(f"--normalize none: {scale}; expected one rule, or --normalize box")
+        if rules[0] != rules[1]:
+            warn(f"--normalize none: {scale}; if they differ, the figures mean nothing")
+    least, most = sorted((smp.shape[1], ref.shape[1]))
+    if most > least:
+        warn(f"{smp.shape[1]} points a sample, {ref.shape[1]} a reference: a random {least} are used")
+        pick = np.random.default_rng(0).permutation(most)[:least]      # one choice for all (LION)
+        smp, ref = (x[:, pick] if x.shape[1] > least else x for x in (smp, ref))
+    if len(smp) < len(ref):
+        warn(f"{len(smp)} samples against {len(ref)} references: COV and 1-NNA assume as many of each")
+    return smp[:len(ref)], ref, scale
 
 # --- Distances of pairs of clouds
 

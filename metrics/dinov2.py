@@ -5,10 +5,9 @@ keeps them (Oquab et al. 2023; with registers Darcet et al. 2023). Source: faceb
 B images, n patches of 14 x 14 pixels, T tokens (class, registers, patches), D width, H heads.
 
     net = load(path)                  # a .pth file, or torch.hub's directory
-    features = net(images)            # uint8 (B,H,W,3) -> float32 (B,n,D), row by row, after the last norm
-    features = net(preprocess(images), "class")       # (B,D): those of FDD, with vitl14 (Stein et al. 2023)
+    patches = net(images)             # uint8 (B,H,W,3) -> float32 (B,n,D), row by row, after the last norm
 
-In order: preprocess; Attention, MLP, Block, DINOv2; find and load. Needs torch, numpy and Pillow.
+In order: preprocess; Attention, Block, DINOv2; find and load; features. Needs torch, numpy and Pillow.
 """
 import math
 import textwrap
@@ -44,18 +43,14 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)            # (B, H, T, 64)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-def MLP(width, hidden):
-    """Two layers with an exact GELU between them."""
-    layers = dict(fc1=nn.Linear(width, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, width))
-    return nn.Sequential(OrderedDict(layers))
-
 class Block(nn.Module):
     """Norms in front, and LayerScale: a learned factor for every channel (Touvron et al. 2021)."""
 
     def __init__(self, width, hidden):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = Attention(width), MLP(width, hidden)
+        layers = dict(fc1=nn.Linear(width, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, width))
+        self.attn, self.mlp = Attention(width), nn.Sequential(OrderedDict(layers))
         self.ls1, self.ls2 = (nn.ParameterDict(dict(gamma=torch.ones(width))) for _ in range(2))
 
     def forward(self, x):
@@ -137,3 +132,7 @@ def load(path):
         found = textwrap.shorten(str(e).split("Unpickler error:")[-1], 300)
         raise ValueError(f"{path}: expected {FILE} or a sibling; {type(e).__name__}: {found}") from None
     return net.eval().requires_grad_(False)
+
+def features(net, images):
+    """{"dinov2": (B,D)}, of FDD (Stein et al. 2023, with vitl14), of images uint8 (B,H,W,3)."""
+    return {"dinov2": net(preprocess(images), "class")}

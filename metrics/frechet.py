@@ -32,7 +32,7 @@ class Moments:
         return self.merge(other)
 
     def merge(self, other):
-        """Adds what another has seen. Raises ValueError for another width."""
+        """Adds what another has seen."""
         if len(other.mean) != len(self.mean):
             raise ValueError(f"moments of width {len(other.mean)}: expected width {len(self.mean)}")
         if other.n:

@@ -4,10 +4,7 @@ Weights are those of the port by pytorch-fid and torch-fidelity (one file, keys 
 network differs from torchvision's: average pools of the branches leave the padding out of the mean, Mixed_7c
 pools by the maximum, there are 1008 classes and no auxiliary head. Needs torch, numpy and Pillow.
 
-    net, resize = load(path), RESIZES["tf1"]
-    pool, spatial, logits = net(resize(images))            # images uint8 (B,H,W,3)
-
-In order: the three resizes in use; Unit and the blocks Mixed and Mixed7; InceptionV3; load; inception_score.
+In order: the three resizes in use; Unit and Mixed, a block; InceptionV3; load, features; inception_score.
 """
 import textwrap
 
@@ -71,25 +68,29 @@ MAXIMUM, HALVE = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 class Mixed(nn.Module):
     """Branches side by side, their outputs joined: rows of units (out, kernel[, stride, padding]).
 
-    Units of a branch are called BRANCH_1, ..., a single one BRANCH. The last branch begins with `pool`."""
+    Units of a branch are called BRANCH_1, ..., a single one BRANCH, two in a list, which stand side by side,
+    BRANCH_1a and BRANCH_1b. The last branch begins with `pool`."""
 
     def __init__(self, channels, pool, **branches):
         super().__init__()
         self.pool, self.paths = pool, []
-        for branch, units in branches.items():
+        for branch, steps in branches.items():
             width, path = channels, []
-            for n, (out, *options) in enumerate(units, 1):
-                path.append(branch if len(units) == 1 else f"{branch}_{n}")
-                self.add_module(path[-1], Unit(width, out, *options))
-                width = out
+            for n, step in enumerate(steps, 1):
+                name = branch if len(steps) == 1 else f"{branch}_{n}"
+                units = {name: step} if isinstance(step, tuple) else dict(zip((f"{name}a", f"{name}b"), step))
+                for unit, (out, *options) in units.items():
+                    self.add_module(unit, Unit(width, out, *options))
+                path.append([*units])
+                width = sum(out for out, *_ in units.values())
             self.paths.append(path)
 
     def forward(self, x):
         outputs = []
         for path in self.paths:
             y = self.pool(x) if path is self.paths[-1] else x
-            for name in path:
-                y = getattr(self, name)(y)
+            for names in path:
+                y = torch.cat([getattr(self, name)(y) for name in names], 1)
             outputs.append(y)
         return torch.cat(outputs, 1)
 
@@ -104,24 +105,11 @@ def mixed_6(c):
     return Mixed(768, AVERAGE, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, wide), (192, high)],
                  branch7x7dbl=[(c, 1), (c, high), (c, wide), (c, high), (192, wide)], branch_pool=[(192, 1)])
 
-class Mixed7(nn.Module):
+def mixed_7(channels, pool):
     """8 x 8: Mixed_7b, 7c. `pool` is the mean in 7b and, a quirk of the graph, the maximum in 7c."""
-
-    def __init__(self, channels, pool):
-        super().__init__()
-        self.pool = pool
-        self.branch1x1 = Unit(channels, 320, 1)
-        self.branch3x3_1 = Unit(channels, 384, 1)
-        self.branch3x3_2a, self.branch3x3_2b = Unit(384, 384, (1, 3)), Unit(384, 384, (3, 1))
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Unit(channels, 448, 1), Unit(448, 384, 3)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = Unit(384, 384, (1, 3)), Unit(384, 384, (3, 1))
-        self.branch_pool = Unit(channels, 192, 1)
-
-    def forward(self, x):
-        y, z = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([self.branch1x1(x), self.branch3x3_2a(y), self.branch3x3_2b(y),
-                          self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z),
-                          self.branch_pool(self.pool(x))], 1)
+    halves = [(384, (1, 3)), (384, (3, 1))]
+    return Mixed(channels, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), halves],
+                 branch3x3dbl=[(448, 1), (384, 3), halves], branch_pool=[(192, 1)])
 
 class InceptionV3(nn.Module):
     """(B,3,299,299) float32, scaled as a resize above leaves it -> (pool, spatial, logits):
@@ -140,7 +128,7 @@ class InceptionV3(nn.Module):
         self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(mixed_6, (128, 160, 160, 192))
         self.Mixed_7a = Mixed(768, HALVE, branch3x3=[(192, 1), (320, 3, 2, 0)], branch7x7x3=[
             (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)], branch_pool=[])
-        self.Mixed_7b, self.Mixed_7c = Mixed7(1280, AVERAGE), Mixed7(2048, MAXIMUM)
+        self.Mixed_7b, self.Mixed_7c = mixed_7(1280, AVERAGE), mixed_7(2048, MAXIMUM)
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):
@@ -167,6 +155,11 @@ def load(path):
         raise ValueError(f"{path}: expected pytorch-fid's Inception; {type(e).__name__}: {found}") from None
     # channels last: twice as fast on a CPU, and what tensor cores want
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+def features(net, images, resize="tf1"):
+    """{feature: (B,d)} of uint8 (B,H,W,3): pool of FID, spatial of sFID, classes of the Inception Score."""
+    pool, spatial, logits = net(RESIZES[resize](images))
+    return {"pool": pool, "spatial": spatial, "classes": logits.double().softmax(1)}
 
 # --- Inception Score
 

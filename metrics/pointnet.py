@@ -5,9 +5,6 @@ the network; github.com/openai/point-e, point_e/evals, for every choice the figu
 normalised, where the sampling starts, what a ball keeps. Alphabet: S clouds of a set, B of a batch, P points
 of a cloud, G groups with a centre each, n points of a group, C and D channels. Needs torch, numpy and tqdm.
 
-    net = load(path)
-    x = features(net, clouds)          # clouds (S,P,3), P >= 512, in any scale -> (S,512)
-
 In order: sampling and grouping of points; PointNet2 and load; features, of a set.
 """
 import textwrap
@@ -139,7 +136,7 @@ def features(model, clouds, device=None, progress=False):
     """Features (S,512), float32 on the CPU, of clouds (S,P,3), an array or a tensor in any scale, P >= 512.
 
     In batches of 64 in their order, because cloud i is sampled from its point i % 64, as in Point-E on one
-    device. device: the model's if None. Costs 7 GFLOP a cloud. ValueError as normalise and the model."""
+    device. device: the model's if None. Costs 7 GFLOP a cloud."""
     device = device or next(model.parameters()).device
     rows = [torch.empty(0, 512)]
     for i in tqdm(range(0, len(clouds), BATCH), desc="PointNet++", disable=None if progress else True):

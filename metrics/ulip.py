@@ -8,9 +8,6 @@ coloured points, with image embeddings of OpenCLIP's ViT-bigG-14 (clip.py). That
 colour is told by its weights and goes with another CLIP; its figures are of another scale. Alphabet: S clouds
 of a set, B of a batch, P points of a cloud, G groups of n points around centres, C channels, D width.
 
-    net = load(path)
-    score = ulip_score(features(net, clouds), image_features)      # (S,P,3 or 6), (S,1280) -> a float
-
 In order: sampling of points; PointBERT and load; features, of a set; ulip_score. Needs torch, numpy and tqdm.
 """
 import argparse
@@ -188,7 +185,7 @@ def load(path):
 def features(model, clouds, device=None, progress=False):
     """Embeddings (S,dim), float32 on the CPU, of clouds as `prepare` takes them, P >= 512.
 
-    device: that of the model if None. Costs 54 GFLOP a cloud. ValueError as prepare and the model."""
+    device: that of the model if None. Costs 54 GFLOP a cloud."""
     device = device or next(model.parameters()).device
     rows = [torch.empty(0, model.pc_projection.shape[1])]
     for i in tqdm(range(0, len(clouds), BATCH), desc="PointBERT", disable=None if progress else True):

@@ -4,9 +4,6 @@ A file is, in this order, the one that is given; the one in the cache, `weights/
 $XDG_CACHE_HOME/asft, else in ~/.cache/asft; or a download, if that is asked for. Nothing else touches the
 network, and a download counts only with the published SHA-256. In order: RELEASED, the table of files;
 sha256, cache_directory; find and fetch; identify. Needs tqdm.
-
-    path, digest, published = find("inception")            # or find("inception", given=path, download=True)
-    name = identify(path)                                  # "inception", told by the keys in the file
 """
 import hashlib
 import http.client

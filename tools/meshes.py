@@ -233,7 +233,7 @@ def read_ply(path):
 
 def ply_colours(element):
     for names in (("red", "green", "blue"), ("diffuse_red", "diffuse_green", "diffuse_blue"), "rgb"):
-        if all(name in element["properties"] for name in names):
+        if {*names} <= {*element["properties"]}:
             return np.column_stack([element["data"][name] for name in names])
 
 def read_stl(path):
@@ -352,36 +352,32 @@ def jobs_of(args):
         raise ValueError(f"{args.src}: found no meshes; expected files of {' '.join(READERS)}")
     return [(file, *place) for place, file in jobs.items()]
 
-def surface_of(source):
-    if isinstance(source, tuple):
-        return Solids(split=source[0]).surface(source[1]), None
-    return read_mesh(source)
-
 def cloud_of(job, points, triangles):
     """Points uniform by area, drawn by a generator of the job's split, class and name alone."""
     seed = 104, *os.fsencode("/".join(job[1:]))                # toys.py and data.py have 101 to 103
     return on_surface(triangles, np.random.default_rng(seed).random((points, 3)))
 
-def is_there(path, points):
-    """Whether the cloud was written before."""
+def write_job(job, dst, points, place, prepare=None):
+    """Writes the cloud of a job at DST/place, if it is not there, as the last of its files: before it
+    prepare(path, triangles, colours) may write others, and gives the triangles that the cloud is of."""
+    path = Path(dst, place.format(*job))
     if path.exists() and len(read_cloud(path)) != points:
         raise ValueError(f"{path}: found another number of points; expected {points}, or another directory")
-    return path.exists()
-
-def write_cloud(job, dst, points):
-    path = Path(dst, job[2], job[1], f"{job[3]}.npy")
-    if not is_there(path, points):
-        cloud = cloud_of(job, points, surface_of(job[0])[0])
+    if not path.exists():
+        if isinstance(job[0], tuple):
+            triangles, colours = Solids(split=job[0][0]).surface(job[0][1]), None
+        else:
+            triangles, colours = read_mesh(job[0])
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, partial(np.save, arr=cloud))
+        triangles = prepare(path, triangles, colours) if prepare else triangles
+        write_atomic(path, partial(np.save, arr=cloud_of(job, points, triangles)))
 
-def run(write, args, **options):
-    """write(job, dst, points) of every job; prints how many there are of each class and split."""
+def run(args, place, prepare=None):
+    """write_job of every job; prints how many there are of each class and split."""
     jobs, done = jobs_of(args), collections.Counter()
-    write = partial(write, dst=args.dst, points=args.points, **options)
-    for (_, split, kind, _), problem in zip(jobs, in_parallel(write, jobs, args.workers, "mesh")):
-        if problem and not args.skip_bad:
-            raise ValueError(f"{problem}; what is done is kept, --skip-bad leaves such files out")
+    write = partial(write_job, dst=args.dst, points=args.points, place=place, prepare=prepare)
+    advice = None if args.skip_bad else "; what is done is kept, --skip-bad leaves such files out"
+    for (_, split, kind, _), problem in zip(jobs, in_parallel(write, jobs, args.workers, "mesh", advice)):
         if problem:
             print(f"left out: {problem}")
         else:
@@ -403,7 +399,7 @@ def parser(text, points):
     return p
 
 def main(argv=None):
-    run(write_cloud, parser(__doc__, 15000).parse_args(argv))
+    run(parser(__doc__, 15000).parse_args(argv), "{2}/{1}/{3}.npy")
 
 if __name__ == "__main__":
     run_main(main)

@@ -8,13 +8,12 @@ import sys
 import weakref
 from pathlib import Path
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
-
 import train  # noqa: E402
 from model import ASFT, cicfm_loss, config, forward_flops  # noqa: E402
 from sample import positive, run_main  # noqa: E402

@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import sample  # noqa: E402
 
 BAND = 2 ** 20            # queries of a band; their state and noise are some 100 MB

@@ -16,7 +16,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import normalise
-from sample import positive, run_main, write_atomic
+from sample import positive, run_main, write_png
 from tools import meshes
 
 # App. G: 40 degrees of view, 3.5 units away, on opposite sides along x and z, looking at the origin. Surfaces
@@ -92,22 +92,18 @@ def rasterise(x, y, near, side):
         size *= 2
     return seen.reshape(side, side)
 
-def write_views(job, dst, points, size):
-    """Writes the views, then the point cloud, in units of the surface's own box."""
-    stem = Path(dst, *job[1:])
-    if not meshes.is_there(Path(f"{stem}.npy"), points):
-        triangles, colours = meshes.surface_of(job[0])
-        triangles = normalise(triangles.reshape(-1, 3))[0].astype(np.float64).reshape(-1, 3, 3)
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        for i, view in enumerate(render(triangles / np.linalg.norm(triangles, axis=2).max(), colours, size)):
-            write_atomic(f"{stem}-{i}.png", partial(Image.fromarray(view).save, format="PNG"))
-        write_atomic(f"{stem}.npy", partial(np.save, arr=meshes.cloud_of(job, points, triangles)))
+def write_views(path, triangles, colours, size):
+    """Writes the views beside the path of the cloud; gives the surface in units of its own box."""
+    triangles = normalise(triangles.reshape(-1, 3))[0].astype(np.float64).reshape(-1, 3, 3)
+    for i, view in enumerate(render(triangles / np.linalg.norm(triangles, axis=2).max(), colours, size)):
+        write_png(path.with_name(f"{path.stem}-{i}.png"), Image.fromarray(view))
+    return triangles
 
 def main(argv=None):
     p = meshes.parser(__doc__, 32768)
     p.add_argument("--size", type=positive, default=448, help="side of a view in pixels (default: 448)")
     args = p.parse_args(argv)
-    meshes.run(write_views, args, size=args.size)
+    meshes.run(args, "{1}/{2}/{3}.npy", partial(write_views, size=args.size))
 
 if __name__ == "__main__":
     run_main(main)

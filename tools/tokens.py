@@ -77,13 +77,11 @@ def of_objects(src, dst, spec, extract, workers):
     write_json(about, spec)
     out = {stem: Path(dst, f"{Path(stem).relative_to(src)}.npz") for stem in stems}
     todo = [stem for stem in stems if not out[stem].exists()]
-    objects = in_parallel(partial(read_object, size=spec["size"]), todo, workers, "object")
-    for stem, found in zip(todo, objects):
-        if isinstance(found, ValueError):
-            raise found
-        cond_token = tokens(found[0], extract).astype(np.float16)
+    objects = in_parallel(partial(read_object, size=spec["size"]), todo, workers, "object", "")
+    for stem, (views, cloud) in zip(todo, objects):
+        cond_token = tokens(views, extract).astype(np.float16)
         out[stem].parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out[stem], partial(np.savez, xyz=found[1], cond_token=cond_token))
+        write_atomic(out[stem], partial(np.savez, xyz=cloud, cond_token=cond_token))
     print(f"{len(stems)} objects in {dst}, {len(todo)} of them new")
 
 def of_image(files, ckpt, out, weights=None, device="cpu"):
