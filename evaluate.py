@@ -424,8 +424,8 @@ def evaluate(args):
     scores = compute(task, names, runs)
     if RANK:
         return None
-    if not np.isfinite([*scores.values()]).all():
-        raise ValueError(f"found {scores}; expected finite numbers")
+    if names and not scores or not np.isfinite([*scores.values()]).all():
+        raise ValueError(f"found {scores or 'no figure'}; expected finite numbers")
     rows = references.paper(real.dataset) or references.paper(task.fake.dataset)
     paper = {row: rows[row] for row in rows if row != "references" and {*rows[row]} & {*scores}}
     if scores:
@@ -438,7 +438,6 @@ def evaluate(args):
 
 def compute(task, names, runs):
     """Features of the sets, where metrics need them, then {name: figure}, on process 0."""
-    torch.set_float32_matmul_precision("highest")
     for side, items in (("fake", task.fake), ("real", task.real)):
         streamed = [name for name in names if METRICS[name].feature and side in METRICS[name].needs
                     and not {*METRICS[name].statistics} & {*items.statistics}]
@@ -582,7 +581,8 @@ def main(argv=None):
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"{out}: expected the name of a file, in a directory that exists")
     args.device = sample.start_processes(args.device, "gloo")
-    torch.backends.cudnn.allow_tf32 = False                            # TF32 moves FID
+    torch.set_float32_matmul_precision("highest")                      # TF32 moves FID
+    torch.backends.cudnn.allow_tf32 = False
     return stats(args) if args.command else evaluate(args)
 
 if __name__ == "__main__":
