@@ -35,9 +35,9 @@ def refused(*words, call):
     assert "\n" not in text and all(str(word) in text for word in words), (words, text)
 
 class Bomb:
-    """Unpickled, it makes a directory in the working directory."""
+    """Unpickled, it makes a file in the working directory."""
     def __reduce__(self):
-        return os.mkdir, ("went_off",)
+        return open, ("went_off", "w")
 
 @pytest.fixture
 def nothing_goes_off(tmp_path, monkeypatch):

@@ -20,28 +20,10 @@ from PIL import Image
 
 import data
 import toys
-from conftest import ROOT
+from conftest import ROOT, Bomb, python, refused
 
+pytestmark = pytest.mark.usefixtures("nothing_goes_off")
 RNG = np.random.default_rng(0)
-
-def refused(*words, call):
-    """`call` raises a ValueError of one line that contains every word."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and all(str(word) in text for word in words), (words, text)
-
-class Bomb:
-    """Unpickled, it makes a directory in the working directory."""
-
-    def __reduce__(self):
-        return os.mkdir, ("went_off",)
-
-@pytest.fixture(autouse=True)
-def nothing_goes_off(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    yield
-    assert not (tmp_path / "went_off").exists()
 
 def noise(width=20, height=12):
     return Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -477,6 +459,4 @@ def test_load_and_decode(tmp_path, tree):
 def test_the_file_works_alone_and_does_nothing_when_imported(tmp_path):
     shutil.copy(ROOT / "data.py", fill(tmp_path / "set", "1.png").parent)
     code = "import data, pickle; d = pickle.loads(pickle.dumps(data.load('folder', 'set', res=8))); d.item(0)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert python("-c", code, cwd=tmp_path) == ("", "")

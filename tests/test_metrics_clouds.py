@@ -90,6 +90,7 @@ def test_matchings_against_loops(n, m):
 def test_distances_by_hand():
     """If a root, a half or one direction of Chamfer were wrong, or a level of the matching missing."""
     assert float(chamfer(points((0, 0, 0)), points((1, 2, 2)))) == 18
+    assert float(chamfer(points((0, 0, 0)), points((1, 2, 2), (2, 0, 0)))) == 4 + (9 + 4) / 2
     pair = points((0, 0, 0), (1, 0, 0)), points((0, 0, 0), (0, 1, 0))
     assert float(chamfer(*pair)) == 1
     for a, b in (pair, pair[::-1]):
@@ -99,18 +100,6 @@ def test_distances_by_hand():
         assert float(emd_approx(points((0, 0, 0)), points((d, 0, 0)))) == pytest.approx(d * d, rel=1e-6)
     far = [float(emd_approx(points((0, 0, 0)), points((d, 0, 0)), "pointflow")) for d in (5, 10)]
     assert far == [pytest.approx(5, rel=1e-2), pytest.approx(0.136977, abs=1e-6)]
-
-def test_invariances():
-    """If a distance depended on the order of points or the place of a pair, or did not scale as it should."""
-    p, q = known(64)
-    i, j, shift = torch.randperm(64), torch.randperm(64), torch.tensor([0.3, -0.2, 0.1])
-    for name, function in DISTANCES.items():
-        assert float(function(p[:, i], q[:, j])) == pytest.approx(float(function(p, q)), abs=1e-9), name
-        assert float(function(p + shift, q + shift)) == pytest.approx(float(function(p, q)), abs=1e-9), name
-    assert float(chamfer(p, p[:, i])) == 0 == float(emd_exact(p, p[:, i]))
-    assert float(chamfer(3 * p, 3 * q)) == pytest.approx(9 * float(chamfer(p, q)))
-    assert float(emd_exact(p, p + torch.tensor([0.01, 0, 0]))) == pytest.approx(0.01)
-    assert float(chamfer(p, q[:, :7])) > 0                             # another number of points
 
 def test_chamfer_keeps_the_digits_of_near_points():
     """If distances came from |x|^2 + |y|^2 - 2xy, clouds that nearly coincide would differ by rounding."""
@@ -268,15 +257,6 @@ def test_scores_on_scalars():
     rr, ss = np.array([[0, 1, 1], [9, 0, 9], [9, 9, 0]]), np.array([[0, 9], [9, 0]])
     # along columns, not rows. 0: the samples at 5; 1 and 2: row 0 at 1, a reference; 3 and 4: references at 5
     assert one_nna(rr, np.full((3, 2), 5), ss) == (2 / 5, 2 / 3, 0)
-
-def test_one_nna_of_two_samples_of_one_distribution():
-    """If the statistic were biased: expected (N-1)/(2N-1) for independent samples of one distribution."""
-    found, N = [], 60
-    for seed in range(40):
-        x = torch.from_numpy(np.random.default_rng(seed).standard_normal((2 * N, 4)))
-        d = torch.cdist(x, x)
-        found.append(one_nna(d[:N, :N], d[:N, N:], d[N:, N:])[0])
-    assert np.mean(found) == pytest.approx((N - 1) / (2 * N - 1), abs=0.03)
 
 def test_jsd():
     """If the grid, its ball of 10,144 cells or the logarithm were another."""

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, Bomb
 from metrics import weights
 
 CONTENT = bytes(range(256)) * 3000         # of the file that is served: more than one block of a download
@@ -136,13 +136,9 @@ def test_a_download_that_fails_leaves_nothing(tmp_path, server, monkeypatch):
         weights.find("inception", **options)
     assert not list((tmp_path / "weights").iterdir())
 
-class Bomb:
-    def __reduce__(self):
-        return open, ("exploded", "w")
-
-def test_identify_names_what_it_does_not_know(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("nothing_goes_off")
+def test_identify_names_what_it_does_not_know(tmp_path):
     """If a file that is missing, broken, foreign or hostile were run, or not refused in one line."""
-    monkeypatch.chdir(tmp_path)
     path, one = tmp_path / "w.pt", torch.ones(1)
     last = "visual.transformer.resblocks.47.ln_1.weight"
     for zipped in (True, False):           # a ULIP checkpoint may have its CLIP inside
@@ -160,7 +156,6 @@ def test_identify_names_what_it_does_not_know(tmp_path, monkeypatch):
         words = "weights of none of inception, .*, dinov2$" if path.exists() else "not a file of tensors"
         with pytest.raises(ValueError, match=f"^--weights [^\n]*w.pt: {words}"):
             weights.identify(path)
-    assert not (tmp_path / "exploded").exists()
 
 @pytest.mark.parametrize("path", sorted((ROOT / "metrics").glob("*.py")), ids=lambda path: path.stem)
 def test_each_file_works_alone(path, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@ import json
 import math
 import os
 import struct
-import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 
 import data
 import toys
-from conftest import ROOT
+from conftest import ROOT, python, refused
 from metrics import dinov2
 from tools import check, meshes, pack, render, tokens
 
@@ -22,13 +21,6 @@ QUADS = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (
 TRIANGLES = [t for a, b, c, d in QUADS for t in ((a, b, c), (a, c, d))]
 RED, BLUE = (255, 51, 51), (0, 0, 255)
 ONE = "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n"
-
-def refused(*words, call):
-    """The call ends in a ValueError of one line that holds the words."""
-    with pytest.raises(ValueError) as error:
-        call()
-    text = str(error.value)
-    assert all(str(word) in text for word in words) and "\n" not in text, text
 
 def rows(table, head=""):
     return "".join(head + " ".join(map(str, row)) + "\n" for row in table)
@@ -316,11 +308,9 @@ def test_a_full_disk_in_a_worker_is_one_line(tmp_path):
     """If what goes wrong in a worker came as a traceback."""
     (tmp_path / "table" / "train").mkdir(parents=True)
     (tmp_path / "table" / "train" / "000000.npy.tmp").symlink_to("/dev/full")
-    command = [sys.executable, ROOT / "tools" / "meshes.py", "solids:train", tmp_path, "--workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("meshes.py: ") and "No space left on device" in last
-    assert "Traceback" not in done.stderr
+    _, err = python(ROOT / "tools" / "meshes.py", "solids:train", tmp_path, "--workers", 1, status=2)
+    last = err.splitlines()[-1]
+    assert last.startswith("meshes.py: ") and "No space left on device" in last and "Traceback" not in err
 
 # --- views and condition tokens
 
