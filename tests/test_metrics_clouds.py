@@ -38,8 +38,6 @@ ANSWERS = {8: (.257875204, .345675353, .346223177, .346123012, .129510698, .1293
            64: (.167611872, .317735638, .344648357, .362896831, .147500640, .168991102),
            256: (.164410996, .314696174, .341091703, .362620539, .145638011, .169562348)}
 
-TO_ITSELF = {64: (6.916e-5, 9.19e-7), 256: (2.727e-4, 3.647e-6)}      # PointFlow, LION
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-7)])
 @pytest.mark.parametrize("n", ANSWERS)
 def test_known_answers(n, dtype, tolerance):
@@ -48,9 +46,6 @@ def test_known_answers(n, dtype, tolerance):
     found = [chamfer(p, q), emd_exact(p, q), emd_approx(p, q, "pointflow"), emd_approx(q, p, "pointflow"),
              emd_approx(p, q), emd_approx(q, p)]
     assert [float(x) for x in found] == pytest.approx(ANSWERS[n], abs=tolerance)
-    if n in TO_ITSELF:                     # mass that spills over at blunt levels is part of the number
-        found = float(emd_approx(p, p, "pointflow")), float(emd_approx(p, p))
-        assert found == pytest.approx(TO_ITSELF[n], rel=2e-3)
 
 def approxmatch(x, y, levels, cost):
     """The matching as the kernels loop it, one pair of points at a time in float64."""

@@ -127,9 +127,9 @@ def test_precision_and_recall_by_hand():
     x = features(40, 16)
     assert precision_recall(x, x) == (1, 1) and precision_recall(x, x + 100) == (0, 0)
 
-def test_collapsed_fakes_are_precise_and_recall_nothing():
-    """If precision and recall saw only one side (users' row 8), or rounding pushed copies apart."""
-    real = features(30, 200, shift=50)     # copies: their balls have the radius zero
+def test_copies_lie_in_balls_without_a_radius():
+    """If rounding pushed copies apart."""
+    real = features(30, 200, shift=50)
     copies = real[:1].repeat(10, 1)
     assert precision_recall(real, copies) == (1, pytest.approx(1 / 30))
     assert not squared_distances(copies, copies).any()

@@ -3,8 +3,6 @@ network, symmetries, initial weights, features, paths and loss, conditions, memo
 errors, learning one image."""
 import math
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as asft
-from conftest import ROOT
+from conftest import ROOT, python
 
 IMAGE = {"spatial": dict(encoder_heads=8), "linear": dict(encoder="linear", qk_norm=False),
          "perceiver": dict(encoder="perceiver", reread=True), "rope": dict(rope=True, encoder_heads=0),
@@ -387,9 +385,8 @@ def test_model_py_alone_prints_the_presets_in_ten_seconds(tmp_path):
     """If the copied file needed a sibling, or `python model.py` took more than 10 s of CPU time."""
     (tmp_path / "model.py").write_bytes((ROOT / "model.py").read_bytes())
     before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])             # user and system time
-    done = subprocess.run([sys.executable, "-I", "model.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert {line.split()[0] for line in done.stdout.splitlines()} >= set(asft.PRESETS)
+    out, err = python("-I", "model.py", cwd=tmp_path)
+    assert {line.split()[0] for line in out.splitlines()} >= set(asft.PRESETS) and err == ""
     assert sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before < 10
 
 @pytest.mark.parametrize("name, changes, words", [
