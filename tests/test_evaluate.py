@@ -309,7 +309,6 @@ REFUSED = {     # words -> what the line must say
     "--fake first.npy --real good.npy": "first.npy: found float32 (6, 3, 30)",
     "--fake grey.npy --real good.npy": "(6, 8, 8); expected",
     "--fake rgb.npy --real good.npy": "float64 (6, 8, 8, 3); expected point clouds, floats (S,P,3)",
-    "--fake first.PT --real good.npy": "first.PT: found float32 (6, 3, 30)",
     "--fake whole.pt --real good.npy": "int64 (6, 30, 3); expected",
     "--fake bytes.npy --real whole.npz": "uint8 (24, 24, 3); expected",
     "--fake same.npy --real good.npy": "all the same",
@@ -335,7 +334,6 @@ def bad(tmp_path_factory):
                   rgb=np.ones((6, 8, 8, 3)), whole=np.ones(a.shape, int), bytes=images(1)[0])
     for name, array in arrays.items():
         np.save(path / f"{name}.npy", array)
-    torch.save(torch.from_numpy(arrays["first"]), path / "first.PT")
     torch.save(torch.from_numpy(arrays["whole"]), path / "whole.pt")
     np.savez(path / "whole.npz", arr_0=images(4))
     np.savez(path / "other.npz", weights=np.zeros(3))

@@ -126,10 +126,7 @@ def test_precision_and_recall_by_hand():
     assert precision_recall(smp, ref) == (1.0, pytest.approx(0.6))
     x = features(40, 16)
     assert precision_recall(x, x) == (1, 1) and precision_recall(x, x + 100) == (0, 0)
-
-def test_copies_lie_in_balls_without_a_radius():
-    """If rounding pushed copies apart."""
-    real = features(30, 200, shift=50)
+    real = features(30, 200, shift=50)     # of a copy: the radius is zero, and rounding pushes none apart
     copies = real[:1].repeat(10, 1)
     assert precision_recall(real, copies) == (1, pytest.approx(1 / 30))
     assert not squared_distances(copies, copies).any()

@@ -225,6 +225,13 @@ def block(s, x, heads, names, mlp, eps=1e-5, scales=(1, 1)):
     x = x + scales[0] * layer(y, y, y, need_weights=False)[0].detach()
     return x + scales[1] * mlp(norm(s, norm2, x, eps))
 
+def timm_block(s, p, x, heads, eps=1e-5, scales=(1, 1)):
+    """A block with timm's names, as DINOv2 and PointBERT have them."""
+    def mlp(y):
+        return linear(s, p + "mlp.fc2", nn.GELU()(linear(s, p + "mlp.fc1", y)))
+    names = [p + n for n in ("norm1", "norm2", "attn.qkv.weight", "attn.qkv.bias", "attn.proj")]
+    return block(s, x, heads, names, mlp, eps, scales)
+
 def doubled(net):
     return {k.removeprefix("point_encoder."): v.double() for k, v in net.state_dict().items()}
 
@@ -243,7 +250,7 @@ def slow_clip(net, x):
     return norm(s, "ln_post", z[0]) @ s["proj"]
 
 def slow_dinov2(net, image):
-    s, gelu = doubled(net), nn.GELU()
+    s = doubled(net)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64)
     pixels = ((image.double() / 255 - mean) / std).permute(2, 0, 1)[None]
     patches = linear(s, "patch_embed.proj", F.unfold(pixels, 14, stride=14)[0].T)
@@ -251,10 +258,7 @@ def slow_dinov2(net, image):
     registers = s.get("register_tokens", torch.zeros(1, 0, 128))[0]
     x = torch.cat([s["cls_token"][0] + s["pos_embed"][0, :1], registers, patches])
     for p in ("blocks.0.", "blocks.1."):
-        def mlp(y):
-            return linear(s, p + "mlp.fc2", gelu(linear(s, p + "mlp.fc1", y)))
-        names = [p + n for n in ("norm1", "norm2", "attn.qkv.weight", "attn.qkv.bias", "attn.proj")]
-        x = block(s, x, 2, names, mlp, 1e-6, (s[p + "ls1.gamma"], s[p + "ls2.gamma"]))
+        x = timm_block(s, p, x, 2, 1e-6, (s[p + "ls1.gamma"], s[p + "ls2.gamma"]))
     x = norm(s, "norm", x, 1e-6)
     return x[1 + len(registers):], x[0]
 
@@ -302,10 +306,7 @@ def slow_pointbert(net, points):
     x = torch.cat([s["cls_token"][0], linear(s, "reduce_dim", x.amax(1))])
     where = torch.cat([s["cls_pos"][0], where])
     for p in ("blocks.blocks.0.", "blocks.blocks.1."):
-        def mlp(y):
-            return linear(s, p + "mlp.fc2", gelu(linear(s, p + "mlp.fc1", y)))
-        names = [p + n for n in ("norm1", "norm2", "attn.qkv.weight", "attn.qkv.bias", "attn.proj")]
-        x = block(s, x + where, 6, names, mlp)
+        x = timm_block(s, p, x + where, 6)
     x = norm(s, "norm", x)
     return torch.cat([x[0], x[1:].amax(0)]) @ s["pc_projection"]
 

@@ -82,10 +82,3 @@ def test_readme_commands_name_files_and_flags_that_exist(words):
             if calls(source, "p.parse_known_args"):                      # the rest are flags of train.py
                 known |= set(importlib.import_module("train").parser()._option_string_actions)
             assert {word.split("=")[0] for word in given if word.startswith("--")} <= known
-
-def test_ci_runs_the_test_command_of_the_readme():
-    """If the tests of the continuous integration were others than those a reader is told to run."""
-    command, = [" ".join(words) for words in COMMANDS if "pytest" in words]
-    assert command == "python -m pytest -q -n 2"
-    script = (ROOT / ".ci/run").read_text()
-    assert script.count("pytest") == script.count("grep -m 1 'python -m pytest' README.md") == 1

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as asft
 import sample
 import train
-from conftest import ROOT, TINY, TORCHRUN, python, trained
-from experiments.chaos import log, same
+from conftest import ROOT, TINY, TORCHRUN, python, refused, trained
+from experiments.chaos import log, same, same_run
 
 FLAGS = ["--log-every", 1, "--save-every", 2, "--schedule", "constant"]
 
@@ -33,13 +33,6 @@ def same_training(a, b):
 
 def losses(out):
     return [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in log(out)]
-
-def refused(*flags):
-    """The one line that a run with these flags ends in."""
-    with pytest.raises(ValueError) as caught:
-        train.main([*map(str, flags)])
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 def images(folder, count, *classes):
     """Writes so many images, of each class if there are any; the flags that train on them."""
@@ -72,36 +65,41 @@ def test_ten_resume_ten_equals_twenty(tmp_path, monkeypatch, capsys):
     assert ckpt(parts)["step"] == 10 and "stopped by a signal at step 10" in capsys.readouterr().out
     trained(parts, "--resume", parts, "--steps", 20)
     assert "resumed at step 10" in capsys.readouterr().out
-    assert same_training(straight, parts) and losses(straight) == losses(parts)
+    assert same_run(straight, parts)
     assert [r["step"] for r in log(parts)] == [5, 10, 15, 20]
 
 def test_resume_of_a_file_a_directory_and_auto(tmp_path, capsys):
     """If one of them started elsewhere, needed the flags again, or trained what is trained."""
     first = trained(tmp_path / "first", "--steps", 2, "--schedule", "constant", "--save-every", 1)
     trained(tmp_path / "second", "--steps", 4, "--resume", first / "ckpt.pt")
-    trained(tmp_path / "third", "--steps", 4, "--resume", first / "ckpt-0000001.pt")
+    third = shutil.copytree(first, tmp_path / "third")
+    raw = bytearray((third / "ckpt.pt").read_bytes())
+    raw[len(raw) // 2] ^= 1                                            # torch does not notice
+    (third / "ckpt.pt").write_bytes(raw)
+    trained(third, "--steps", 4, "--resume", "auto")                   # from the one before the damaged one
     trained(tmp_path / "fourth", "--resume", "auto", "--steps", 4, "--schedule", "constant")
-    said = capsys.readouterr().out
+    said, warned = capsys.readouterr()
+    assert "ckpt.pt: not a whole checkpoint" in warned
     assert said.count("resumed at step 2") == said.count("resumed at step 1") == 1
     assert "starting at step 0" in said
     trained(first, "--resume", "auto", "--steps", 4)
     assert all(same_training(first, tmp_path / other) for other in ("second", "third", "fourth"))
+    assert [ckpt(file)["step"] for file in sorted(third.glob("*.pt*"))] == [3, 4]
     for steps in ("5", "2"):                                           # no architecture, no --out
         train.main(["--resume", str(first), "--steps", steps])
     assert ckpt(first)["step"] == 5 and ckpt(first)["config"]["settings"]["width"] == 32
 
 def test_resume_refuses_another_run(tmp_path, glyphs_run):
-    """A missing checkpoint does not start at step 0, and no other run is overwritten or taken over."""
-    with pytest.raises((ValueError, OSError), match="nowhere"):
-        train.main([*TINY, "--out", str(tmp_path / "x"), "--resume", str(tmp_path / "nowhere")])
+    """If a missing checkpoint started at step 0, or another run were overwritten or taken over."""
+    with pytest.raises(OSError, match="nowhere"):
+        trained(tmp_path / "x", "--resume", tmp_path / "nowhere")
     assert not (tmp_path / "x").exists()
-    assert "width" in refused(*TINY, "--out", tmp_path / "x", "--resume", glyphs_run, "--width", 64,
-                              "--steps", 7)
-    assert "--resume auto" in refused(*TINY, "--out", glyphs_run)
+    refused("--resume auto", call=lambda: trained(glyphs_run))
     other = trained(tmp_path / "other", "--steps", 1)
-    assert "--resume auto" in refused("--resume", glyphs_run, "--out", other)
-    for flag, value in (("batch_size", 16), ("seed", 5), ("dataset", "solids"), ("model", "S")):
-        assert flag in refused("--resume", glyphs_run, f"--{flag.replace('_', '-')}", value)
+    refused("--resume auto", call=lambda: trained(other, "--resume", glyphs_run))
+    for name, value in dict(width=64, batch_size=16, seed=5, dataset="solids", model="S").items():
+        flags = "--resume", glyphs_run, "--steps", 7, f"--{name.replace('_', '-')}", value
+        refused(name, call=lambda: trained(tmp_path / "x", *flags))
 
 def test_resume_survives_a_broken_log_and_keeps_counts(tmp_path, monkeypatch, capsys):
     """If a line that a crash cut ended a run, or skipped steps were counted anew."""
@@ -131,8 +129,7 @@ def test_classes_are_those_of_the_data_and_remain(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A checkpoint of step 1 in which every gradient is alive: the zeros that a model starts with are
-    random."""
+    """A checkpoint of step 1 where every gradient is alive: the zeros that a model starts with are random."""
     out = trained(tmp_path_factory.mktemp("base") / "run", "--steps", 1, "--schedule", "constant")
     state, g = ckpt(out), torch.Generator().manual_seed(0)
     for name, p in state["model"].items():
@@ -187,8 +184,7 @@ def test_accumulated_gradient_is_the_average(alone, base, tmp_path):
     agrees(trained(tmp_path / "run", *CONTINUE, "--resume", base, "--accumulate", 4), alone)
 
 def test_two_processes_compiled(alone, base, tmp_path):
-    """If ranks had other averages, LOCAL_RANK chose the data, keys had a wrapper's prefix, or a step needed a
-    graph of its own, with micro-batches and recomputed blocks."""
+    """If ranks had other averages, LOCAL_RANK chose the data, or a micro-batch needed a graph of its own."""
     out, launch = tmp_path / "run", tmp_path / "launch.py"
     launch.write_text(LAUNCH)
     said, _ = python(*TORCHRUN, launch, ROOT, *TINY, *CONTINUE, "--resume", base, "--out", out, "--compile",
@@ -275,9 +271,8 @@ def test_a_full_disk_is_told_and_the_save_is_tried_again(tmp_path, monkeypatch, 
     at_step(monkeypatch, 3, lambda: (tmp_path / "run" / "next.pt.tmp").symlink_to("/dev/full"))
     out = trained(tmp_path / "run", *FLAGS, "--steps", 6)
     said = capsys.readouterr().out
-    assert said.count("the next interval tries again") == 1 and same_training(out, straight)
+    assert said.count("the next interval tries again") == 1 and same_run(out, straight)
     assert sorted(p.name for p in out.glob("*.pt*")) == ["ckpt-0000002.pt", "ckpt.pt"]
-    assert losses(out) == losses(straight)
 
 def test_a_failed_last_save_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     """If half a file replaced a whole checkpoint, or a lost last step were not said."""
@@ -294,19 +289,6 @@ def test_a_failed_last_save_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     assert same(ckpt(out), before)
     trained(out, "--steps", 4, "--resume", out)
     assert sample.read_checkpoint(out)["step"] == 4
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
-    """Also damage that torch does not notice: one flipped bit."""
-    out = trained(tmp_path / "run", *FLAGS, "--steps", 6, "--keep", 2)
-    straight = shutil.copytree(out, tmp_path / "straight")
-    raw = bytearray((out / "ckpt.pt").read_bytes())
-    raw[len(raw) // 2] ^= 1
-    (out / "ckpt.pt").write_bytes(raw)
-    trained(out, *FLAGS, "--steps", 6, "--keep", 2, "--resume", "auto")
-    heard = capsys.readouterr()
-    assert "ckpt.pt: not a whole checkpoint" in heard.err and "resumed at step 4" in heard.out
-    assert same_training(out, straight) and losses(out) == losses(straight)
-    assert sorted(p.name for p in out.glob("*.pt")) == ["ckpt-0000002.pt", "ckpt-0000004.pt", "ckpt.pt"]
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_vanishes_is_told_after_a_save(tmp_path, monkeypatch, workers):
@@ -337,7 +319,7 @@ def test_sampling_changes_nothing(tmp_path):
     flags = ["--steps", 4, "--save-every", 1, "--log-every", 2]
     never = trained(tmp_path / "never", *flags, "--keep", 0)
     often = trained(tmp_path / "often", *flags, "--sample-every", 1)
-    assert same_training(often, never) and losses(often) == losses(never)
+    assert same_run(often, never)
     sheets = sorted(p.name for p in often.glob("samples-*.png"))
     assert sheets == [f"samples-{s:07d}.png" for s in range(1, 5)]
     assert len([*never.glob("samples-*.png")]) == 1
@@ -393,11 +375,6 @@ def test_wrong_flags_are_named_before_a_run_starts(tmp_path, words, capsys):
     said = str(caught.value)
     assert WRONG[words] in (capsys.readouterr().err if said == "2" else said) and "\n" not in said
     assert not (tmp_path / "run").exists()
-
-def test_exit_status_and_one_line_on_stderr(tmp_path):
-    """If wrong input ended in a traceback, or a status of success."""
-    _, err = python(ROOT / "train.py", "--dataset", "folder", "--out", tmp_path / "run", status=2)
-    assert err.count("\n") == 1 and err.startswith("train.py: ") and "--data" in err
 
 # ---- Schedules, recipes, and what the host waits for ----
 
