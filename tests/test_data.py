@@ -254,7 +254,8 @@ def test_shapenet(tree):
     assert len(data.CATEGORIES) == 55 == len(set(data.CATEGORIES.values()))
     for category in ("chair", "03001627"):
         assert all("/03001627/" in file for file in data.ShapeNet(tree, 8, category=category).files)
-    ds = data.ShapeNet(tree, 8, split="test", labels=True)
+    ds = data.load("shapenet", tree, points=8, split="test", labels=True)
+    assert ds.about == "split test; 3 classes: airplane, chair, table"
     assert ds.class_names == ["airplane", "chair", "table"] and ds.labels == [0, 1, 2]
     refused("category car", "airplane, chair, table", call=lambda: data.ShapeNet(tree, category="car"))
     refused("split dev", "{train,val,test}", call=lambda: data.ShapeNet(tree, split="dev"))
