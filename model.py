@@ -255,11 +255,8 @@ class ASFT(nn.Module):
         c = self.time(time_features(t))                                                  # (B, D)
         if self.classes is not None:
             null = torch.full_like(t, self.cfg.n_classes, dtype=torch.long)
-            if label is None:
-                label = null
-            elif drop is not None:
-                label = torch.where(drop, null, label)
-            c = c + self.classes(label)                                                  # (B, D)
+            label = null if label is None else label
+            c = c + self.classes(label if drop is None else torch.where(drop, null, label))                                                  # (B, D)
         return c
 
 # ---- Encoders: forward(coords, values) -> latents (b, L, D), context (b, N, D) or None ------------------
@@ -557,7 +554,6 @@ def main():
         classes = 1000 if config(name).domain == "image" else 0                          # as the paper counts
         flops, parameters = forward_flops(config(name, n_classes=classes), decoded)
         print(f"{name:16}{decoded:>9}{parameters / 1e6:>11.1f}M{paper:>10}{flops / 1e9:>15.2f}")
-    print("Memory and days of a recipe: python tools/plan.py --dataset imagenet256")
 
 if __name__ == "__main__":
     main()

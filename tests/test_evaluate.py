@@ -2,9 +2,7 @@
 import json
 import os
 import socket
-import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +12,9 @@ from PIL import Image
 
 import evaluate
 import sample
-from conftest import ROOT
+from conftest import ROOT, TORCHRUN, checkpoint, python
 from metrics import clouds, frechet, references, weights
-from model import ASFT, Config
+from model import ASFT, config
 
 FEATURES = "def pixels(x):\n    return (x.float()[:, :, ::8, ::8] if x.dim() == 4 else x[:, :9]).flatten(1)\n"
 MINE = ("--features", "mine:pixels")
@@ -53,22 +51,11 @@ def lion(path, ref):
     mean, std = torch.ones(len(ref), 1, 3), torch.full((len(ref), 1, 1), 2.0)
     torch.save(dict(ref=torch.from_numpy(ref), mean=mean, std=std), path)
 
-def checkpoint(path, **config):
-    """A run directory with an untrained model of train.py's format."""
-    cfg = Config(width=16, depth=1, heads=1, latents=16, **config)
-    torch.manual_seed(0)
-    state = ASFT(cfg).state_dict()
-    points = cfg.domain == "points"
-    path.mkdir()
-    config = dict(model=asdict(cfg), class_names=[], items=100, path="linear", tokens=None, torch="2",
-                  settings=dict(dataset="glyphs"), normalisation="box" if points else None,
-                  sampling=dict(solver="euler", steps=3, guidance=1.0))
-    torch.save(dict(model=state, ema=state, step=6, config=config), path / "ckpt.pt")
-    return path
+SMALL = dict(width=16, depth=1, heads=1, latents=16)
 
 @pytest.fixture
 def image_run(tmp_path):
-    return checkpoint(tmp_path / "run", res=32, encoder_heads=1)
+    return checkpoint(tmp_path / "run", ASFT(config("tiny", encoder_heads=1, **SMALL)))
 
 @pytest.fixture
 def network(monkeypatch):
@@ -208,17 +195,6 @@ def test_file_types_sizes_and_few_items_are_flagged():
     for words in (["b", "--real", "d", *MINE], ["e.npy", "--real", "./e.npy", "--metrics", "jsd"]):
         assert "the same set" in " ".join(run("--fake", *words)["warnings"])
 
-def test_new_metric_is_one_row_and_one_function(monkeypatch):
-    """If a metric needed more than its row to be listed, computed and printed."""
-    def score(task, names):
-        return {"mean": float(task.rows["fake", "own"].mean())}
-    row = evaluate.Metric("image", score, (), "own", unit="levels", own=True, needs=("fake",))
-    monkeypatch.setitem(evaluate.METRICS, "mean", row)
-    np.savez("a.npz", images())
-    found = run("--fake", "a.npz", *MINE, "--metrics", "mean")["metrics"]
-    assert found == {"mean": pytest.approx(images()[:, ::8, ::8].mean())}
-    assert "mean" in evaluate.parser().format_help()
-
 def test_checkpoint_is_sampled_and_kept(image_run):
     """If samples were thrown away, the protocol lacked their setting, or a second run drew them again."""
     words = ("--fake", image_run, "--real", "glyphs:val", *MINE, "--n", 7, "--steps", 2, "--out", "drawn")
@@ -241,7 +217,7 @@ def test_nothing_is_drawn_before_all_is_known_to_be_right(image_run, monkeypatch
 
 def test_point_checkpoint_draws_as_many_as_there_are_references(tmp_path):
     """If the number of samples were not the references', or normalisations differed (users' row 11)."""
-    cloud_run = checkpoint(tmp_path / "run", domain="points", encoder="perceiver", points=64)
+    cloud_run = checkpoint(tmp_path / "run", ASFT(config("point-tiny", points=64, **SMALL)))
     np.save("b.npy", shapes(4, 64))
     result = run("--fake", cloud_run, "--real", "b.npy", "--steps", 2, "--out", "drawn")
     assert result["protocol"]["n_fake"] == 4 and len(list(Path("drawn").glob("*.npy"))) == 4
@@ -255,10 +231,7 @@ def test_two_processes_agree_with_one(image_run):
     np.savez("ref.npz", images(5, 32))
     words = ["--fake", str(image_run), "--real", "ref.npz", "--samples", "7", "--steps", "2", *MINE]
     one = run(*words, "--out", "drawn1")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*torchrun, str(ROOT / "evaluate.py"), *words, "--out", "drawn2", "--json", "two.json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    python(*TORCHRUN, ROOT / "evaluate.py", *words, "--out", "drawn2", "--json", "two.json")
     two = json.loads(Path("two.json").read_text())
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-2) and two["protocol"]["processes"] == 2
     assert two["protocol"]["real_sha256"] == one["protocol"]["real_sha256"]
@@ -336,9 +309,6 @@ REFUSED = {     # words -> what the line must say
     "--fake first.npy --real good.npy": "first.npy: found float32 (6, 3, 30)",
     "--fake grey.npy --real good.npy": "(6, 8, 8); expected",
     "--fake rgb.npy --real good.npy": "float64 (6, 8, 8, 3); expected point clouds, floats (S,P,3)",
-    "--fake first.PT --real good.npy": "first.PT: found float32 (6, 3, 30)",
-    "--fake first --real good.npy": "0.NPY: found float32 (3, 30); expected a .npy or .ply of floats (n,3)",
-    "--real shapenet:val --data first.pt --category first --fake good.npy": "first.pt: cannot be read",
     "--fake whole.pt --real good.npy": "int64 (6, 30, 3); expected",
     "--fake bytes.npy --real whole.npz": "uint8 (24, 24, 3); expected",
     "--fake same.npy --real good.npy": "all the same",
@@ -364,12 +334,7 @@ def bad(tmp_path_factory):
                   rgb=np.ones((6, 8, 8, 3)), whole=np.ones(a.shape, int), bytes=images(1)[0])
     for name, array in arrays.items():
         np.save(path / f"{name}.npy", array)
-    torch.save(torch.from_numpy(arrays["first"]), path / "first.PT")
-    lion(path / "first.pt", arrays["first"])
     torch.save(torch.from_numpy(arrays["whole"]), path / "whole.pt")
-    (path / "first").mkdir()
-    np.save(path / "0.npy", arrays["first"][0])
-    os.rename(path / "0.npy", path / "first" / "0.NPY")
     np.savez(path / "whole.npz", arr_0=images(4))
     np.savez(path / "other.npz", weights=np.zeros(3))
     (path / "text.pt").write_text("hello")

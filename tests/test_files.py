@@ -12,7 +12,10 @@ import pytest
 from PIL import Image
 
 import data
-from test_data import RNG, Bomb, encoded, fill, noise, nothing_goes_off, npz, refused  # noqa: F401
+from conftest import Bomb, refused
+from test_data import RNG, encoded, fill, noise, npz
+
+pytestmark = pytest.mark.usefixtures("nothing_goes_off")
 
 # --- images in files
 

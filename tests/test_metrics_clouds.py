@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import refused
 from metrics import clouds
 from metrics.clouds import (DISTANCES, chamfer, emd_approx, emd_exact, jsd, mmd_cov, normalise_box, one_nna,
                             pairwise)
@@ -38,8 +39,6 @@ ANSWERS = {8: (.257875204, .345675353, .346223177, .346123012, .129510698, .1293
            64: (.167611872, .317735638, .344648357, .362896831, .147500640, .168991102),
            256: (.164410996, .314696174, .341091703, .362620539, .145638011, .169562348)}
 
-TO_ITSELF = {64: (6.916e-5, 9.19e-7), 256: (2.727e-4, 3.647e-6)}      # PointFlow, LION
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-7)])
 @pytest.mark.parametrize("n", ANSWERS)
 def test_known_answers(n, dtype, tolerance):
@@ -48,9 +47,6 @@ def test_known_answers(n, dtype, tolerance):
     found = [chamfer(p, q), emd_exact(p, q), emd_approx(p, q, "pointflow"), emd_approx(q, p, "pointflow"),
              emd_approx(p, q), emd_approx(q, p)]
     assert [float(x) for x in found] == pytest.approx(ANSWERS[n], abs=tolerance)
-    if n in TO_ITSELF:                     # mass that spills over at blunt levels is part of the number
-        found = float(emd_approx(p, p, "pointflow")), float(emd_approx(p, p))
-        assert found == pytest.approx(TO_ITSELF[n], rel=2e-3)
 
 def approxmatch(x, y, levels, cost):
     """The matching as the kernels loop it, one pair of points at a time in float64."""
@@ -82,14 +78,11 @@ def test_matchings_against_loops(n, m):
     for name, function in DISTANCES.items() if n == m else ():
         together = function(torch.from_numpy(x), torch.from_numpy(y)).tolist()
         assert together == pytest.approx([one(name, p, q) for p, q in zip(x, y)], abs=1e-4)
-    for p, q in zip(x[:, :6], y[:, :6]) if n == m else ():             # the best of all 720 matchings
-        best = min(np.mean([math.dist(p[i], q[j]) for i, j in enumerate(order)])
-                   for order in itertools.permutations(range(6)))
-        assert one("exact", p, q) == pytest.approx(best, abs=1e-7)
 
 def test_distances_by_hand():
     """If a root, a half or one direction of Chamfer were wrong, or a level of the matching missing."""
     assert float(chamfer(points((0, 0, 0)), points((1, 2, 2)))) == 18
+    assert float(chamfer(points((0, 0, 0)), points((1, 2, 2), (2, 0, 0)))) == 4 + (9 + 4) / 2
     pair = points((0, 0, 0), (1, 0, 0)), points((0, 0, 0), (0, 1, 0))
     assert float(chamfer(*pair)) == 1
     for a, b in (pair, pair[::-1]):
@@ -99,18 +92,6 @@ def test_distances_by_hand():
         assert float(emd_approx(points((0, 0, 0)), points((d, 0, 0)))) == pytest.approx(d * d, rel=1e-6)
     far = [float(emd_approx(points((0, 0, 0)), points((d, 0, 0)), "pointflow")) for d in (5, 10)]
     assert far == [pytest.approx(5, rel=1e-2), pytest.approx(0.136977, abs=1e-6)]
-
-def test_invariances():
-    """If a distance depended on the order of points or the place of a pair, or did not scale as it should."""
-    p, q = known(64)
-    i, j, shift = torch.randperm(64), torch.randperm(64), torch.tensor([0.3, -0.2, 0.1])
-    for name, function in DISTANCES.items():
-        assert float(function(p[:, i], q[:, j])) == pytest.approx(float(function(p, q)), abs=1e-9), name
-        assert float(function(p + shift, q + shift)) == pytest.approx(float(function(p, q)), abs=1e-9), name
-    assert float(chamfer(p, p[:, i])) == 0 == float(emd_exact(p, p[:, i]))
-    assert float(chamfer(3 * p, 3 * q)) == pytest.approx(9 * float(chamfer(p, q)))
-    assert float(emd_exact(p, p + torch.tensor([0.01, 0, 0]))) == pytest.approx(0.01)
-    assert float(chamfer(p, q[:, :7])) > 0                             # another number of points
 
 def test_chamfer_keeps_the_digits_of_near_points():
     """If distances came from |x|^2 + |y|^2 - 2xy, clouds that nearly coincide would differ by rounding."""
@@ -141,8 +122,7 @@ def test_what_is_no_set_of_clouds_is_refused(bad, words):
         with pytest.raises(ValueError) as error:
             call()
         assert words in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="5 points against 4"):
-        emd_exact(some(1, 5), some(1, 4))
+    refused("5 points against 4", call=lambda: emd_exact(some(1, 5), some(1, 4)))
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_normalise_box():
@@ -156,8 +136,7 @@ def test_normalise_box():
     np.testing.assert_allclose(n.max(1) - n.min(1), sides / sides.max(1, keepdims=True), atol=1e-5)
     np.testing.assert_allclose(normalise_box(c * 3 - 5), n, atol=1e-5)
     for bad in (np.zeros((2, 5, 3)), np.full((2, 5, 3), 1e308) * [[[1], [-1], [1], [1], [1]]]):
-        with pytest.raises(ValueError, match="cloud 0: its points are all the same, or too far apart"):
-            normalise_box(bad)
+        refused("cloud 0: its points are all the same, or too far apart", call=lambda: normalise_box(bad))
 
 # --- All pairs
 
@@ -269,15 +248,6 @@ def test_scores_on_scalars():
     # along columns, not rows. 0: the samples at 5; 1 and 2: row 0 at 1, a reference; 3 and 4: references at 5
     assert one_nna(rr, np.full((3, 2), 5), ss) == (2 / 5, 2 / 3, 0)
 
-def test_one_nna_of_two_samples_of_one_distribution():
-    """If the statistic were biased: expected (N-1)/(2N-1) for independent samples of one distribution."""
-    found, N = [], 60
-    for seed in range(40):
-        x = torch.from_numpy(np.random.default_rng(seed).standard_normal((2 * N, 4)))
-        d = torch.cdist(x, x)
-        found.append(one_nna(d[:N, :N], d[:N, N:], d[N:, N:])[0])
-    assert np.mean(found) == pytest.approx((N - 1) / (2 * N - 1), abs=0.03)
-
 def test_jsd():
     """If the grid, its ball of 10,144 cells or the logarithm were another."""
     line = np.arange(28, dtype=np.float32) / np.float32(27) - np.float32(0.5)
@@ -300,5 +270,4 @@ def test_scores_in_published_scales(tmp_path):
         assert [found[key] for key in ("mmd", "cov", "1nna")] == pytest.approx(expected)
     assert clouds.scores(ref, ref, "chamfer") == {"mmd": 0, "cov": 100, "1nna": 0}
     assert clouds.scores(ref, smp + 50, "chamfer")["1nna"] == 100
-    with pytest.raises(ValueError, match="at least 2 of each"):
-        clouds.scores(ref[:1], smp, "chamfer")
+    refused("at least 2 of each", call=lambda: clouds.scores(ref[:1], smp, "chamfer"))

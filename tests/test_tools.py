@@ -3,8 +3,6 @@ import json
 import math
 import os
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from PIL import Image
 
 import data
 import toys
-from conftest import ROOT
+from conftest import ROOT, python, refused
 from metrics import dinov2
 from tools import check, meshes, pack, render, tokens
 
@@ -22,13 +20,6 @@ QUADS = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (
 TRIANGLES = [t for a, b, c, d in QUADS for t in ((a, b, c), (a, c, d))]
 RED, BLUE = (255, 51, 51), (0, 0, 255)
 ONE = "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n"
-
-def refused(*words, call):
-    """The call ends in a ValueError of one line that holds the words."""
-    with pytest.raises(ValueError) as error:
-        call()
-    text = str(error.value)
-    assert all(str(word) in text for word in words) and "\n" not in text, text
 
 def rows(table, head=""):
     return "".join(head + " ".join(map(str, row)) + "\n" for row in table)
@@ -262,10 +253,6 @@ def test_broken_meshes_are_named(tmp_path, name, text, capfd):
     refused(tmp_path / name, "expected", call=lambda: read(tmp_path / name, text))
     assert capfd.readouterr() == ("", "")
 
-def test_missing_trimesh_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trimesh", None)
-    refused("a.stl: needs trimesh: pip install trimesh", call=lambda: read(tmp_path / "a.stl", ""))
-
 # --- point clouds of meshes
 
 def run(tool, *words):
@@ -316,11 +303,10 @@ def test_a_full_disk_in_a_worker_is_one_line(tmp_path):
     """If what goes wrong in a worker came as a traceback."""
     (tmp_path / "table" / "train").mkdir(parents=True)
     (tmp_path / "table" / "train" / "000000.npy.tmp").symlink_to("/dev/full")
-    command = [sys.executable, ROOT / "tools" / "meshes.py", "solids:train", tmp_path, "--workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("meshes.py: ") and "No space left on device" in last
-    assert "Traceback" not in done.stderr
+    _, err = python(ROOT / "tools" / "meshes.py", "solids:train", tmp_path, "--workers", 1, status=2)
+    last = err.splitlines()[-1]
+    assert last.startswith("meshes.py: ") and "/000000.npy: No space left on device" in last
+    assert "Traceback" not in err
 
 # --- views and condition tokens
 
@@ -456,6 +442,8 @@ def test_packed_is_the_folder_pixel_for_pixel(images, tmp_path):
     run(pack, images, tmp_path / "set", "--res", 16, "--workers", 1)
     folder, packed = (data.load("folder", path, res=16, flip=True) for path in (images, tmp_path / "set"))
     assert packed.class_names == folder.class_names == ["a", "b"] and len(packed) == 22
+    assert isinstance(packed.images, np.memmap)
+    refused("(22, 16, 16, 3)", "--res 8", call=lambda: data.load("folder", tmp_path / "set", res=8))
     for i in range(22):
         for rng in (lambda: None, lambda: np.random.default_rng(i)):
             (x, label), (y, same) = folder.item(i, rng()), packed.item(i, rng())
