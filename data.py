@@ -300,8 +300,7 @@ class Folder:
         return pixels, int(self.labels[i])
 
 class Arrays(Folder):
-    """An .npz, in memory, or what tools/pack.py wrote, memory-mapped. Classes without names are named by their
-    labels."""
+    """An .npz, in memory, or what tools/pack.py wrote, memory-mapped. Without names labels stand for them."""
     needs = ("an .npz of `images` (or arr_0) uint8 (N,H,W) or (N,H,W,3), H = W without --res, perhaps "
              "`labels` (N,) and `label_names` (K,), or a directory that tools/pack.py wrote with this --res")
 

@@ -196,9 +196,8 @@ class ASFT(nn.Module):
     def encode(self, coords, values, t, label=None, tokens=None, drop=None):
         """Latents of every decoder level, K x (B, L, D). coords (N, 2), (B, N, 2) or None; values (b, N, 3),
         an image's whole training grid, in any order; drop (B,) bool puts in the null class and token."""
-        N = self.cfg.pairs
-        if values.shape[2:] != (3,) or not self.reads and values.shape[1] != N:
-            raise ValueError(f"context values must have shape (B, {N}, 3), not {tuple(values.shape)}")
+        if values.shape[2:] != (3,) or not self.reads and values.shape[1] != self.cfg.pairs:
+            raise ValueError(f"context values must be (B, {self.cfg.pairs}, 3), not {tuple(values.shape)}")
         latents, context = self.encoder(coords, values)                                  # (b, L, D) (b, N, D)
         c = self.condition(t, label, drop)                                               # (B, D)
         x = repeat_to(latents, len(c))                                                   # (B, L, D)
@@ -256,7 +255,7 @@ class ASFT(nn.Module):
         if self.classes is not None:
             null = torch.full_like(t, self.cfg.n_classes, dtype=torch.long)
             label = null if label is None else label
-            c = c + self.classes(label if drop is None else torch.where(drop, null, label))                                                  # (B, D)
+            c = c + self.classes(label if drop is None else torch.where(drop, null, label))    # (B, D)
         return c
 
 # ---- Encoders: forward(coords, values) -> latents (b, L, D), context (b, N, D) or None ------------------
@@ -538,10 +537,9 @@ DECODED = {"tiny": 256, "point-tiny": 512, "point-B": 2048, "point-L": 2048, "po
 def forward_flops(cfg, decoded):
     """Floating-point operations of a training sample's forward pass, on the meta device, and parameters."""
     from torch.utils.flop_counter import FlopCounterMode
-    N = cfg.pairs
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model, x0 = ASFT(cfg), torch.empty(1, N, 3)
-        coords = torch.empty(N, 2) if cfg.domain == "image" else None
+        model, x0 = ASFT(cfg), torch.empty(1, cfg.pairs, 3)
+        coords = torch.empty(cfg.pairs, 2) if cfg.domain == "image" else None
         query = torch.zeros(1, decoded, dtype=torch.long)
         tokens = torch.empty(1, 576, cfg.token_dim) if cfg.token_dim else None
         cicfm_loss(model, coords, x0, x0, torch.empty(1), query, tokens=tokens)

@@ -278,18 +278,18 @@ GENERATED = "guidance", "guidance_interval", "noise", "noise_length", "refine"  
 AT_ONCE = 2 ** 20         # queries of a batch: their state and noise are some 100 MB
 
 def resolve(cfg, checkpoint, size=None, **wishes):
-    """The setting of some samples as JSON values: wishes, where not None, override the recipe's values, which
-    override WISHES."""
-    config, names, recipe = (checkpoint["config"][key] for key in ("settings", "class_names", "sampling"))
+    """The setting of some samples as JSON values: wishes over the recipe over WISHES; None is no wish."""
+    config, names = checkpoint["config"]["settings"], checkpoint["config"]["class_names"]
+    recipe = {name: config[name] for name in (*GENERATED, "solver") if name in config}
     given = {name: wish for name, wish in dict(wishes, size=size).items() if wish is not None}
-    setting = WISHES | {name: value for name, value in recipe.items() if name in WISHES} | given
+    setting = WISHES | recipe | given
     if not given.keys() <= WISHES.keys():
         raise TypeError(f"{given}: expected {', '.join(WISHES)}")
     if not names and not setting["tokens"]:
         if given.get("guidance", 1) != 1:
             raise ValueError(f"--guidance {given['guidance']}: there are no classes, no --tokens to guide by")
         setting["guidance"] = 1.0
-    known = DEFAULTS | dict(steps=recipe["steps"], path=checkpoint["config"]["path"])
+    known = DEFAULTS | dict(steps=config["sampling_steps"], path=config["path"])
     takes = [name for name in known if name in inspect.signature(SOLVERS[setting["solver"]]).parameters]
     for name in setting["options"].keys() - takes:
         raise ValueError(f"--{name}: not of solver {setting['solver']}, which takes {', '.join(takes)}")
@@ -322,9 +322,8 @@ def parse_classes(wanted, names):
 
 def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=False, **wishes):
     """Writes n samples of a loaded checkpoint (see `load`), or this process's share; returns their directory.
-    n: default 16, fewer where they have more than AT_ONCE queries in all. wishes: see WISHES and `generate`;
-    classes are names or indices, taken in turn, tokens a path. Samples of this setting that exist are
-    skipped."""
+    n: default 16, fewer of large ones. wishes: see WISHES and `generate`; classes are names or indices, taken
+    in turn, tokens a path. Samples of this setting that exist are skipped."""
     image, setting = model.cfg.domain == "image", resolve(model.cfg, checkpoint, **wishes)
     queries, options, size = math.prod(setting["shape"]), setting["options"], setting["size"]
     if queries > 16 * AT_ONCE:

@@ -63,8 +63,7 @@ RECIPES = {
     "objaverse": dict(PAPER, loader="objaverse", model="point-objaverse", points=16384, decode=16384,
                       batch_size=384, steps=500_000, solver="sde", sampling_steps=500, guidance=5.0),
 }
-# without CUDA, and without --model
-ON_CPU = {name: dict(SMALL_POINTS, loader=name) for name in ("shapenet", "objaverse")}
+ON_CPU = {name: dict(SMALL_POINTS, loader=name) for name in ("shapenet", "objaverse")}    # without CUDA
 SCHEDULES = {"constant": lambda done: 1.0, "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done)}
 
 # ---- Flags: name -> default (None: the recipe's or preset's), type or choices, help -----------------------
@@ -155,8 +154,7 @@ def settings(argv=None):
         raise ValueError(f"{out} holds a run already: continue it with --resume auto, or give another --out")
     for name in ("dataset", "model", "batch_size", "seed"):            # data order and weights rest on them
         if stored and given.get(name, stored[name]) != stored[name]:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {given[name]}: the run to resume has {stored[name]}")
+            raise ValueError(f"{name} {given[name]}: the run to resume has {stored[name]}")
     if "init" in given:                                    # its architecture is the default
         old = read_checkpoint(find_checkpoint(given["init"]), mmap=True)["config"]["settings"]
         stored = {name: old[name] for name in ("model", *ARCHITECTURE)} | stored
@@ -292,10 +290,9 @@ def main(argv=None):
             record = dict(step=step, loss=total / finite if finite else None,
                           grad_norm=norm.item() if norm.isfinite() else None, lr=lr,
                           skipped=int(skipped) // WORLD, left_out=int(missing), samples_per_s=round(rate, 2))
-            if device.type == "cuda":
-                record["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+            bar.set_postfix(loss=record["loss"])
             if RANK == 0:
-                folder.log(record, bar)
+                folder.log(record, device)
             if bad_row >= args.max_bad_steps:
                 count = int(bad_row)
                 raise ValueError(f"{count} steps in a row up to {step} were not finite (--max-bad-steps)")
@@ -304,8 +301,8 @@ def main(argv=None):
 
     bar.close()
     if failure:
-        saved = f"step {step} is saved, continue with --resume auto"
-        raise ValueError(f"{failure}; {saved if step else '--skip-bad leaves such items out'}")
+        advice = f"step {step} is saved, continue with --resume auto" if step else "see --skip-bad"
+        raise ValueError(f"{failure}; {advice}")
     print0(f"{stop or 'done'} at step {step}; draw samples with: python sample.py --ckpt {args.out}")
 
 # ---- Set-up -----------------------------------------------------------------------------------------------
@@ -340,11 +337,9 @@ def configure(args, processes, **changes):
 
 def describe(args, cfg, dataset):
     """What config.json and every checkpoint say of a run."""
-    names = "solver", "guidance", "noise", "noise_length", "refine"
-    sampling = {name: getattr(args, name) for name in names}
-    return dict(model=vars(cfg), class_names=dataset.class_names, items=len(dataset), path=args.path,
-                sampling=dict(sampling, steps=args.sampling_steps), tokens=getattr(dataset, "spec", None),
-                normalisation="box" if cfg.domain == "points" else None, settings=vars(args))
+    return dict(model=vars(cfg), class_names=dataset.class_names, items=len(dataset),
+                tokens=getattr(dataset, "spec", None), settings=vars(args),
+                normalisation="box" if cfg.domain == "points" else None)
 
 def start(args, cfg, ckpt, dataset, device):
     """A new model, its average, its optimizer, and it compiled and shared out among processes."""
@@ -368,9 +363,8 @@ def start(args, cfg, ckpt, dataset, device):
         check_compiler(device)
         net = torch.compile(model)
     if WORLD > 1:
-        # no buffer ever changes
-        net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False,
-                                                        gradient_as_bucket_view=True)
+        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True,
+                                                        broadcast_buffers=False)       # they never change
     return model, ema, optimizer, net
 
 def initialise(model, path, class_names):
@@ -424,9 +418,8 @@ def micro_batches(args, model, coords, dataset, device):
         model.grad_checkpoint = again
         for pieces in (n for n in range(1, items + 1) if items % n == 0):
             if all(gather(fits(items // pieces, args, model, coords, dataset, device))):
-                kind = "recomputed" if again else "kept"
-                print0(f"a step: {WORLD} processes x {pieces} micro-batches x {items // pieces} items, "
-                       f"activations {kind}")
+                print0(f"a step: {WORLD} processes x {pieces} micro-batches x {items // pieces} items"
+                       f"{', blocks recomputed' * again}")
                 return pieces
     raise ValueError("one item does not fit the GPU; expected a smaller --model or fewer pairs (--decode)")
 
@@ -503,16 +496,17 @@ class RunDirectory:
                                dir=self.out, config=run, sync_tensorboard=True)
                 self.board = SummaryWriter(self.out)
 
-    def log(self, record, bar):
-        """Shows a record and adds it to log.jsonl, where `skipped` counts from the start of the run."""
-        bar.set_postfix_str(f"loss {record['loss'] or math.nan:.4f}, {record['samples_per_s']} samples/s")
+    def log(self, record, device):
+        """Adds a line to log.jsonl, where `skipped` counts from the start of the run."""
+        if self.args.deterministic:
+            del record["samples_per_s"]
+        elif device.type == "cuda":
+            record["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
         if record["skipped"]:
             print0(f"warning: {record['skipped']} steps up to {record['step']} were not finite and were "
                    "skipped")
-        record["skipped"] += next((r["skipped"] for r in self.records[::-1] if "skipped" in r), 0)
-        timed = not self.args.deterministic
-        shown = dict(left_out=self.args.skip_bad, peak_gb=timed, samples_per_s=timed)
-        attempt(self.add, {name: value for name, value in record.items() if shown.get(name, True)})
+        before = [r["skipped"] for r in self.records if "skipped" in r]
+        attempt(self.add, record | dict(skipped=record["skipped"] + sum(before[-1:])))
 
     def add(self, record):
         self.records.append(record)

@@ -198,9 +198,8 @@ def large():
     with tempfile.TemporaryDirectory() as place:
         model, _ = model_pair("S")
         weights, ckpt, seconds, memory = model.state_dict(), f"{place}/ckpt.pt", {}, {}
-        sampling = dict(solver="euler", steps=1, guidance=1.0)
-        config = dict(model=vars(model.cfg), class_names=[], path="linear", settings={}, sampling=sampling,
-                      normalisation=None)
+        settings = dict(solver="euler", sampling_steps=1, guidance=1.0, path="linear")
+        config = dict(model=vars(model.cfg), class_names=[], settings=settings, normalisation=None)
         torch.save(dict(model=weights, ema=weights, optimizer={"copies": [weights, weights]}, step=1,
                         config=config), ckpt)
         for res in (256, 2048, 4096):

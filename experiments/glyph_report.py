@@ -124,8 +124,8 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     model, checkpoint = sample.load(args.ckpt)
-    recipe, names = checkpoint["config"]["sampling"], checkpoint["config"]["class_names"]
-    guidance, steps = args.guidance or recipe["guidance"], args.steps or recipe["steps"]
+    recipe, names = checkpoint["config"]["settings"], checkpoint["config"]["class_names"]
+    guidance, steps = args.guidance or recipe["guidance"], args.steps or recipe["sampling_steps"]
     how = dict(noise="white", seed=args.seed, guidance=guidance, solver="euler", options=dict(steps=steps))
     classifier, accuracy = train_classifier()
     report = dict(step=checkpoint["step"], seed=args.seed, n=args.n, guidance=guidance, steps=steps,

@@ -329,7 +329,7 @@ def test_checkpoint_describes_itself(glyphs_run, solids_run):
     for run, classes, normalisation in ((glyphs_run, 36, None), (solids_run, 7, "box")):
         config = ckpt(run)["config"]
         assert len(config["class_names"]) == classes and config["normalisation"] == normalisation
-        assert config["sampling"]["solver"] == "euler"
+        assert config["settings"]["solver"] == "euler"
         assert json.loads((run / "config.json").read_text()) == config
         assert set(ckpt(run)) == {"model", "ema", "optimizer", "step", "config"}
     (group,) = ckpt(glyphs_run)["optimizer"]["param_groups"]
