@@ -22,8 +22,8 @@ def experiment(monkeypatch):
 
 @pytest.fixture
 def small_set(tmp_path):
-    """An .npz of 120 images of noise, 16 x 16, in two classes."""
-    images = np.random.default_rng(0).integers(0, 256, (120, 16, 16, 3), dtype=np.uint8)
+    """An .npz of 120 images of noise, 8 x 8, in two classes."""
+    images = np.random.default_rng(0).integers(0, 256, (120, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "set.npz", images=images, labels=np.arange(120) % 2)
     return str(tmp_path / "set.npz")
 
@@ -111,7 +111,7 @@ def test_the_peer_is_judged_at_each_budget(tmp_path, monkeypatch, capsys, experi
     v[:, order == 8 * 5 + 2].sum().backward()                          # row 5, column 2
     seen = x.grad.abs().sum((0, 2)).view(8, 8) > 0
     assert seen[4:, :4].all() and seen.sum() == 16
-    small = dict(width=32, heads=2, depth=1, sampling_steps=1)
+    small = dict(width=32, heads=2, depth=1, decode=64, sampling_steps=1)
     monkeypatch.setitem(train.RECIPES, "npz", train.RECIPES["npz"] | small)
     peer.main(["--data", small_set, "--minutes", "0.001", "0.002", "--n", "100", "--arms", "asft",
                "dit/4@5e-4", "--out", str(tmp_path)])

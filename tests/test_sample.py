@@ -350,7 +350,8 @@ def test_broken_checkpoints_are_refused_or_replaced(run, tmp_path, damage, capsy
         state = torch.load(file, weights_only=True)
         del state["ema"]["head.bias"]
         torch.save(state, file)
-        refused("head.bias", call=lambda: sample.load(file))
+        with pytest.raises(ValueError, match="head.bias"):
+            sample.load(file)
         return
     file.write_bytes(content[damage])
     refused("ckpt.pt: no readable checkpoint", call=lambda: sample.load(file))
