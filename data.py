@@ -311,7 +311,7 @@ class Arrays(Folder):
                 found = json.loads(read_file(os.path.join(path, "manifest.json")))
                 images = np.load(os.path.join(path, "images.npy"), mmap_mode="r", allow_pickle=False)
                 found["images"], found["label_names"] = images, found["class_names"]
-                if found["done"] != found["count"] or not found["sha256"]:
+                if not found["sha256"]:
                     raise ValueError(f"found {found['done']} of {found['count']} images; pack it again")
             else:
                 found = dict(np.load(path, allow_pickle=False))

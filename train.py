@@ -354,9 +354,8 @@ def start(args, cfg, ckpt, dataset, device):
     model.to(device).grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
-    about = getattr(dataset, "about", f"{len(dataset.class_names)} classes")
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f"{args.dataset}: {len(dataset)} items, {about}; {args.model}, {size:.1f}M parameters, "
+    print0(f"{args.dataset}: {len(dataset)} items, {dataset.about}; {args.model}, {size:.1f}M parameters, "
            f"on {device}; {args.out}")
     net = model
     if args.compile or args.compile is None and device.type == "cuda":
@@ -372,7 +371,8 @@ def initialise(model, path, class_names):
     ckpt = read_checkpoint(find_checkpoint(path))
     old, state = ckpt["config"]["class_names"], ckpt["ema"]
     if old != class_names:
-        print0(f"--init {path}: the embeddings of {len(class_names)} classes start anew, its {len(old)} go")
+        print0(f"--init {path}: embeddings of {len(class_names)} classes are new, those of its {len(old)} "
+               "left out")
         state.pop("classes.weight", None)
         if class_names:
             state["classes.weight"] = model.classes.weight

@@ -4,6 +4,7 @@ Takes the flags of train.py and needs neither data nor a GPU. FLOPs and bytes ar
 numbers, uncompiled; the utilisation is assumed, data and communication are left out.
 """
 import argparse
+import itertools
 import sys
 import weakref
 from pathlib import Path
@@ -43,7 +44,7 @@ def activation_bytes(cfg, decoded, batch, grad_checkpoint=False, dtype=torch.bfl
     """Most bytes that a training step holds at once besides STATE. Its backward pass goes to the
     noise: it recomputes and frees what that to the weights does, but leaves no gradient of a weight."""
     with FakeTensorMode():
-        model, N = ASFT(cfg), cfg.res ** 2 if cfg.domain == "image" else cfg.points
+        model, N = ASFT(cfg), cfg.pairs
         model.grad_checkpoint = grad_checkpoint
         if hasattr(model.encoder, "read"):                             # a GPU reads more windows at a time
             model.encoder.read.AT_A_TIME = {"cpu": model.encoder.read.AT_A_TIME["cuda"]}
@@ -71,22 +72,26 @@ def main(argv=None):
     args = train.settings([*rest, "--model", model, "--out", "/dev/null/plan"])[0]
     name = "res" if config(model).domain == "image" else "points"
     size = getattr(args, name) or getattr(config(model), name)
-    cfg, again = train.configure(args, own.gpus, **{name: size}), args.grad_checkpoint
+    cfg, share = train.configure(args, own.gpus, **{name: size}), args.batch_size // own.gpus
     flops, parameters = forward_flops(cfg, args.decode)
-    total = (4 if again else 3) * args.batch_size * args.steps * flops           # backward: twice the forward
     rate, state = own.gpus * H100_FLOPS * own.utilisation, STATE * parameters
-    share = args.batch_size // own.gpus
-    for pieces in (n for n in range(args.accumulate or 1, share + 1) if share % n == 0):
+    counts = [n for n in range(args.accumulate or 1, share + 1) if share % n == 0]
+    for again, pieces in itertools.product(sorted({args.grad_checkpoint, True}), counts):
         micro = share // pieces
         activations = activation_bytes(cfg, args.decode, micro, again)
         if args.accumulate or state + activations < 0.9e9 * own.memory:              # as train.py chooses
             break
+    else:
+        raise ValueError(f"--memory {own.memory:g}: one sample takes {(state + activations) / 1e9:.1f} GB; "
+                         "expected more memory, or a smaller --model or --decode")
+    total = (4 if again else 3) * args.batch_size * args.steps * flops           # backward: twice the forward
+    blocks = "recomputed in the backward pass" if again else "not recomputed"
     print(f"""{args.dataset}: {name} {size}, {args.decode} pairs decoded
 model {model:8} {parameters / 1e6:.1f}M parameters without class embeddings
 FLOPs          {flops / 1e9:.1f} GFLOP forward a sample, {total / 1e18:.4g} EFLOP in all
 steps          {args.steps:,} of {args.batch_size} samples, {args.steps * args.batch_size / 1e6:,.1f}M samples
 memory a GPU   {state / 1e9:.1f} GB state + {activations / 1e9:.1f} GB activations of {micro} samples
-micro-batches  {pieces} a step
+micro-batches  {pieces} a step, blocks {blocks}
 time           {total / rate / 86400:,.1f} days on {own.gpus} H100 at {own.utilisation:g} of 989 TFLOP/s""")
 
 if __name__ == "__main__":
