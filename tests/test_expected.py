@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+import sample
+import toys
 import train
 from conftest import ROOT, trained
 
@@ -35,6 +37,33 @@ def test_expected_losses_of_the_page_are_those_of_the_curve():
     assert CURVE[-1]["step"] == train.RECIPES["glyphs"]["steps"]
     for step in (100, 1000, 3000, CURVE[-1]["step"]):
         assert f"| {step:,} | {loss_until(step):.3f} |" in README
+
+def shapes(images):
+    """Grey images as vectors of mean 0 and length 1: (n, H W)."""
+    grey = images.reshape(len(images), -1, 3).mean(2)
+    grey = grey - grey.mean(1, keepdims=True)
+    return grey / np.linalg.norm(grey, axis=1, keepdims=True)
+
+def test_shipped_letters_are_letters_and_the_same_at_every_resolution():
+    """If samples of a trained model were no longer of their class, or another size showed another sample."""
+    net, ckpt = sample.load("glyphs")
+    images = {}
+    for res in (32, 64):
+        setting = sample.resolve(net.cfg, ckpt, (res, res), options={"steps": 6})
+        x, _ = sample.draw(net, setting, range(8))
+        images[res] = np.stack([sample.to_pixels(values, res, res) for values in x]).astype(float)
+    halved = images[64].reshape(8, 32, 2, 32, 2, 3).mean((2, 4))
+    assert np.abs(halved - images[32]).mean() < 5                            # of 255; of other letters 60
+    glyphs = toys.Glyphs(32, "test")
+    real = shapes(np.stack([glyphs.item(i)[0] for i in range(36 * 10)]))     # light on dark or dark on light
+    nearest = np.abs(shapes(images[32]) @ real.T).argmax(1) % 36
+    assert (nearest == np.arange(8)).mean() >= 0.5                           # by chance 0.03
+
+@pytest.mark.parametrize("name", ["glyphs", "solids", "emoji"])
+def test_shipped_models_hold_no_path_and_no_optimizer(name):
+    state = sample.read_checkpoint(sample.find_checkpoint(name))
+    settings = state["config"]["settings"]
+    assert state.keys() == {"ema", "step", "config", "path"} and not settings["data"] and not settings["out"]
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("*.json")),
                          ids=lambda path: path.stem)

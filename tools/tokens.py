@@ -23,7 +23,7 @@ from data import find_files, fit, read_cloud, read_image
 from metrics import dinov2
 from metrics.dinov2 import PATCH
 from metrics.weights import sha256
-from sample import natural, positive, read_checkpoint, run_main, write_atomic, write_json
+from sample import find_checkpoint, natural, positive, read_checkpoint, run_main, write_atomic, write_json
 from tools.pack import CORES, in_parallel
 from tools.render import EYES, FIELD, camera
 
@@ -85,7 +85,7 @@ def of_objects(src, dst, spec, extract, workers):
     print(f"{len(stems)} objects in {dst}, {len(todo)} of them new")
 
 def of_image(files, ckpt, out, weights=None, device="cpu"):
-    spec = read_checkpoint(ckpt)["config"]["tokens"]
+    spec = read_checkpoint(find_checkpoint(ckpt))["config"]["tokens"]
     if spec is None or len(files) > spec["views"]:
         raise ValueError(f"{ckpt}: found training tokens {spec}, not of tools/tokens.py, {len(files)} views")
     extract, digest = features(spec["features"], weights, device)
@@ -102,7 +102,7 @@ def main(argv=None):
     p.add_argument("--features", choices=("dinov2", "patches"), default="dinov2", help="default: dinov2")
     p.add_argument("--size", type=positive, default=448, help="side of the views, resized (default: 448)")
     p.add_argument("--image", nargs="+", metavar="FILE", help="one, or two of opposite sides")
-    p.add_argument("--ckpt", help="with --image: checkpoint or run directory")
+    p.add_argument("--ckpt", help="with --image: checkpoint, run directory, or views, which is shipped")
     p.add_argument("--out", help="with --image: .npz to write")
     p.add_argument("--weights", help="DINOv2's state dict or its directory (default: torch.hub's own)")
     p.add_argument("--device", default="cpu", help="for the features (default: cpu)")
