@@ -377,8 +377,8 @@ class ShapeNet:
 
 class Objaverse(ShapeNet):
     """INRFlow's .npz per object, below train/, val/, test/ where there are such. Where tools/tokens.py made
-    them, tokens.json describes the tokens (`spec`) and rng picks views: both for half of the items, else one
-    of the two, given twice, which attention cannot tell from once."""
+    them, tokens.json describes the tokens (`spec`) and rng picks views: half of the items get both, others
+    one view twice, which attention treats as once."""
     needs = "an .npz per object, of `xyz` floats (n,3) and `cond_token` finite floats (T,C)"
     set_aside, shape, class_names = 0, None, []
 

@@ -543,7 +543,7 @@ def parser():
     flag("--fake", help="the samples, or a checkpoint to draw them from")
     flag("--real", help="the reference")
     flag("--dataset", choices=[*data.DATASETS, *FOLDERS], help="the same as --real NAME")
-    flag("--data", help="directory or file of the data set; of stats, as --real")
+    flag("--data", help="directory or file of the data set; for stats: any set that --real takes")
     flag("--category", help="of shapenet")
     flag("--split", help="of a data set, or sub-directory of a directory")
     flag("--metrics", nargs="+", metavar="NAME", help=f"all, or of {' '.join(METRICS)}")
@@ -557,7 +557,8 @@ def parser():
     flag("--k", type=positive, default=3, help="neighbour of precision and recall (default: 3)")
     flag("--nearest", type=positive, metavar="N", help="a sheet: N samples, nearest training items (--real)")
     flag("--held-out", help="for --nearest: items of no training, a set as --real")
-    flag("--emd", choices=[*clouds.DISTANCES][1:], default="lion", help="default: lion, the paper's scale")
+    emds = [name for name in clouds.DISTANCES if name != "chamfer"]
+    flag("--emd", choices=emds, default="lion", help="default: lion, the paper's scale")
     flag("--normalize", choices=("box", "none"), default="box", help="clouds: longest side 1, or as stored")
     flag("--images", help="ulip_i: the conditioning images, in order, or their features as .npy")
     flag("--point-features", help="ulip_i: features of the clouds as .npy, in place of --fake")
@@ -566,7 +567,7 @@ def parser():
     flag("--workers", type=positive, default=torch.get_num_threads(), help="threads (default: one a core)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     flag("--raw", action="store_true", help="draw from the last weights, not the averaged ones")
-    flag("--seed", type=natural, default=0, help="this and the next: as in sample.py")
+    flag("--seed", type=natural, default=0, help="of the samples drawn (default: 0)")
     flag("--solver", choices=sample.SOLVERS)
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     for name, kind in dict(points=positive, guidance=float, steps=positive, tokens=str, out=str).items():
