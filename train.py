@@ -48,7 +48,7 @@ SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=10_000, lr=2e
              schedule="cosine", times="logit-normal", sampling_steps=25, guidance=2.0, noise="coupled",
              noise_length=1.0, refine=0.1)                                                   # two CPU cores
 SMALL_POINTS = dict(SMALL, model="point-tiny", times="uniform", steps=6000, points=512, decode=512,
-                    noise="white")
+                    noise="white", guidance=1.0)
 RECIPES = {
     "glyphs": dict(SMALL, loader="glyphs", res=32, lr=3e-3, noise_length=4.0),
     "solids": dict(SMALL_POINTS, loader="solids"),
