@@ -63,7 +63,8 @@ RECIPES = {
     "objaverse": dict(PAPER, loader="objaverse", model="point-objaverse", points=16384, decode=16384,
                       batch_size=384, steps=500_000, solver="sde", sampling_steps=500, guidance=5.0),
 }
-ON_CPU = {name: dict(SMALL_POINTS, loader=name) for name in ("shapenet", "objaverse")}    # without CUDA
+ON_CPU = {"shapenet": dict(SMALL_POINTS, loader="shapenet"),                                 # without CUDA
+          "objaverse": dict(SMALL_POINTS, loader="objaverse", guidance=2.0)}
 SCHEDULES = {"constant": lambda done: 1.0, "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done)}
 
 # ---- Flags: name -> default (None: the recipe's or preset's), type or choices, help -----------------------

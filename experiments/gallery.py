@@ -3,7 +3,6 @@
 resolutions: one seed at 32, 128, 512 and 2048 pixels, below them the same eighth of the side
 letters, emoji: samples 0 to 35 at the training resolution, and emoji at 4 times it
 solids: samples 0 to 6 of 512 points; dense: samples 0 to 3 of 20,000 points
-views: held-out solids 0 to 6: one of two pictures of them, and sample i of 2,048 points drawn from both
 zoom: four views into a letter, each 4 times finer than the one before
 
 Nothing is picked: samples are 0 to n-1 of seed 0. Writes assets/NAME.png (or --out), by default all of them.
@@ -14,15 +13,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
-import toys  # noqa: E402
-from tools import poster, render, tokens  # noqa: E402
+from tools import poster  # noqa: E402
 
 def setting_of(name, **wishes):
     model, checkpoint = sample.load(name)
@@ -69,24 +66,12 @@ def solids():
 def dense():
     return sample.grid_image(drawn("solids", 4, size=20_000), 4)
 
-def views(n=7):
-    model, setting = setting_of("views", size=2048, tokens="held-out solids")
-    solids, pictures = toys.Solids(split="val"), []
-    for i in range(n):
-        triangles = solids.surface(i).astype(np.float64)
-        triangles /= np.linalg.norm(triangles, axis=2).max()           # into the unit sphere, as in training
-        pictures.append(render.render(triangles, size=112))                              # (2, S, S, 3)
-    found = [torch.from_numpy(tokens.tokens(pair, tokens.patches)) for pair in pictures]
-    clouds, _ = sample.draw(model, setting, range(n), tokens=found)
-    tiles = [shown(picture[0], 320) for picture in pictures]
-    return sample.grid_image(tiles + [sample.draw_points(points, 320) for points in clouds], n)
-
 def zoom():
     model, setting = setting_of("glyphs", size=(256, 256))
     return poster.zoom(model, setting, 0, (0.596, 0.4))
 
 PICTURES = {"resolutions": resolutions, "letters": letters, "emoji": emoji, "solids": solids, "dense": dense,
-            "views": views, "zoom": zoom}
+            "zoom": zoom}
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
