@@ -10,7 +10,7 @@ from conftest import ROOT
 # What each room has reached, and may not exceed. The design asks for 520, 300, 280, 330, 460, 450, 1500, 750,
 # 1700, 4500 and 180 lines, and for 4600 of all code outside tests and experiments; features were added since.
 BUDGETS = {"model.py": 556, "data.py": 490, "toys.py": 280, "train.py": 611, "sample.py": 707,
-           "evaluate.py": 604, "metrics": 1500, "tools": 1090, "experiments": 2040, "tests": 4830,
+           "evaluate.py": 604, "metrics": 1500, "tools": 1090, "experiments": 1700, "tests": 4830,
            "README.md": 180}
 FOLDERS = ("metrics", "tools", "experiments", "tests")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
