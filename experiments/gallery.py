@@ -8,18 +8,15 @@ zoom: four views into a letter, each 4 times finer than the one before
 Nothing is picked: samples are 0 to n-1 of seed 0. Writes assets/NAME.png (or --out), by default all of them.
 """
 import argparse
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import sample  # noqa: E402
-from tools import poster  # noqa: E402
+import common
+import sample
+from tools import poster
 
 def setting_of(name, **wishes):
     model, checkpoint = sample.load(name)
@@ -29,10 +26,8 @@ def setting_of(name, **wishes):
 def drawn(name, n, first=0, **wishes):
     """Samples first..first+n-1 of a shipped model as uint8 images; of point clouds as pictures."""
     model, setting = setting_of(name, **wishes)
-    found = [sample.draw(model, setting, [i])[0][0] for i in range(first, first + n)]
-    if model.cfg.domain == "points":
-        return [sample.draw_points(points, 320) for points in found]
-    return [sample.to_pixels(values, *setting["shape"]) for values in found]
+    found, _ = common.drawn(model, setting, range(first, first + n))
+    return found if model.cfg.domain == "image" else [sample.draw_points(points, 320) for points in found]
 
 def shown(image, side):
     """An image at another size: whole pixels where it grows, their mean where it shrinks."""
@@ -49,40 +44,32 @@ def resolutions(name="glyphs", index=10, side=256, sizes=(32, 128, 512, 2048)):
         parts.append(shown(image[top:top + res // 8, left:left + res // 8], side))
     return sample.grid_image([*whole, *parts], len(sizes))
 
-def letters():
-    return sample.grid_image(drawn("glyphs", 36), 12)
+def sheet(name, n, columns, **wishes):
+    return sample.grid_image(drawn(name, n, **wishes), columns)
 
 def emoji():
     small = sample.grid_image([shown(image, 126) for image in drawn("emoji", 32)], 8)
     large = sample.grid_image([shown(image, 254) for image in drawn("emoji", 4, size=(256, 256))], 4)
-    sheet = Image.new("RGB", (small.width, small.height + large.height + 2), "white")
-    sheet.paste(small, (0, 0))
-    sheet.paste(large, (0, small.height + 2))
-    return sheet
-
-def solids():
-    return sample.grid_image(drawn("solids", 7), 7)
-
-def dense():
-    return sample.grid_image(drawn("solids", 4, size=20_000), 4)
+    gap = np.full((2, small.width, 3), 255, np.uint8)
+    return Image.fromarray(np.concatenate([small, gap, large]))
 
 def zoom():
     model, setting = setting_of("glyphs", size=(256, 256))
     return poster.zoom(model, setting, 0, (0.596, 0.4))
 
-PICTURES = {"resolutions": resolutions, "letters": letters, "emoji": emoji, "solids": solids, "dense": dense,
+PICTURES = {"resolutions": resolutions, "emoji": emoji, "letters": partial(sheet, "glyphs", 36, 12),
+            "solids": partial(sheet, "solids", 7, 7), "dense": partial(sheet, "solids", 4, 4, size=20_000),
             "zoom": zoom}
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", choices=[[], *PICTURES], metavar="NAME", help=", ".join(PICTURES))
-    p.add_argument("--out", type=Path, default=ROOT / "assets", help="directory (default: assets)")
+    p.add_argument("--out", type=Path, default=common.ROOT / "assets", help="directory (default: assets)")
     args = p.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.names or PICTURES:
-        began = time.time()
         sample.write_png(args.out / f"{name}.png", PICTURES[name]())
-        print(f"{args.out / name}.png: {time.time() - began:.0f} s", flush=True)
+        print(args.out / f"{name}.png", flush=True)
 
 if __name__ == "__main__":
     sample.run_main(main)

@@ -1,20 +1,18 @@
-"""Do point clouds follow their images? Retrieval, and a picture.
+"""Do point clouds follow their images? python experiments/image_report.py RUN SET VIEWS OUT.png
 
-    python experiments/image_report.py RUN SET VIEWS OUT.png
-
-RUN was trained by --dataset objaverse, SET/val and VIEWS/val hold objects it never saw (data.py tokens,
-data.py render). One cloud is drawn for each; it counts as right where its Chamfer distance to its own object
+RUN was trained by --dataset objaverse, SET/val and VIEWS/val hold objects it never saw (tools/tokens.py,
+tools/render.py). One cloud is drawn for each; it counts as right where its Chamfer distance to its own object
 is smaller than to every other. The floor is the same test with other points of the very object in place of
 the sample, chance is 1 / N.
 """
-import pathlib
 import sys
+from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import data  # noqa: E402
 import sample  # noqa: E402
 from metrics import clouds  # noqa: E402
@@ -28,17 +26,16 @@ def retrieved(distance, kinds, of_each):
         shares.append((distance[np.ix_(group, group)].argmin(1) == np.arange(len(group))).mean())
     return np.mean(shares)
 
-def main(run, prepared, views, out, *flags):
-    prepared, views = pathlib.Path(prepared, "val"), pathlib.Path(views, "val")
-    files = data.find_files(str(prepared), {".npz"})
+def main(run, prepared, views, out):
+    prepared, views = Path(prepared, "val"), Path(views, "val")
+    files = [Path(file) for file in data.find_files(str(prepared), {".npz"})]
     points = sample.read_checkpoint(run, mmap=True)["config"]["model"]["points"]
     stored = [data.normalise(np.load(file, allow_pickle=False)["xyz"])[0] for file in files]
-    objects, others = (torch.from_numpy(np.stack([cloud[part] for cloud in stored]))
+    objects, others = (np.stack([cloud[part] for cloud in stored])
                        for part in (slice(points), slice(points, 2 * points)))
-    kinds = [pathlib.Path(file).parent.name for file in files]
-    drawn = sample.main(["--ckpt", run, "--tokens", str(prepared), "--samples", str(len(files)), *flags])
-    found = torch.from_numpy(np.stack([np.load(drawn / f"{i:06d}.npy", allow_pickle=False)
-                                       for i in range(len(files))]))
+    kinds = [file.parent.name for file in files]
+    drawn = sample.main(["--ckpt", run, "--tokens", str(prepared), "--samples", str(len(files))])
+    found = np.stack([np.load(drawn / f"{i:06d}.npy", allow_pickle=False) for i in range(len(files))])
     ours, floor = (clouds.pairwise(x, objects, "chamfer", progress=False) for x in (found, others))
     right = np.mean([kinds[j] == kind for j, kind in zip(ours.argmin(1), kinds)])
     print(f"{len(files)} held-out objects of {len(set(kinds))} kinds, {points} points: nearest to one of its "
@@ -50,13 +47,11 @@ def main(run, prepared, views, out, *flags):
     # the first two objects of each kind: a view, the object, the sample
     chosen = [i for kind in sorted(set(kinds))
               for i in [k for k, name in enumerate(kinds) if name == kind][:2]]
-    columns = []
-    for i in chosen:
-        view = Image.open(f"{views / pathlib.Path(files[i]).relative_to(prepared).with_suffix('')}-0.png")
-        view = view.convert("RGB").resize((160, 160), Image.Resampling.LANCZOS)
-        pair = (sample.draw_points(cloud, 160) for cloud in (stored[i][:2048], found[i].numpy()))
-        columns.append(np.concatenate([np.asarray(view), *pair]))
-    Image.fromarray(np.concatenate(columns, 1)).save(out)
+    seen = [Image.open(f"{views / files[i].relative_to(prepared).with_suffix('')}-0.png") for i in chosen]
+    tiles = [np.asarray(view.convert("RGB").resize((160, 160), Image.Resampling.LANCZOS)) for view in seen]
+    tiles += [sample.draw_points(stored[i][:2048], 160) for i in chosen]
+    tiles += [sample.draw_points(found[i], 160) for i in chosen]
+    sample.grid_image(tiles, len(chosen)).save(out)
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

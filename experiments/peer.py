@@ -1,39 +1,36 @@
 """What a user would take instead of ASFT, at equal CPU time: python experiments/peer.py --data FILE.npz
 
-The peer is a pixel-space patch transformer, dit/2 or dit/4 by its patch side: linear patches, a learned
-place that starts as 2D sin-cos, DiT blocks (adaLN-Zero), a linear head. Its blocks are ASFT's trunk blocks,
-with QK-norm, so neither has faster code. Same depth: tiny has 6 attentions in a row (window reading, 4 trunk
-blocks, decoder block), the peer 6 blocks. All else is recipe npz for both, with a constant learning rate
-after its warm-up; "dit/4@5e-4" is an arm with a rate of its own.
+The peer is a pixel-space patch transformer, dit/2 or dit/4 by its patch side: linear patches with a learned
+place, DiT blocks (adaLN-Zero), a linear head. Its blocks are ASFT's own, so neither has faster code, and as
+many as tiny has attentions in a row. All else is recipe npz for both, with a constant learning rate after its
+warm-up; "dit/4@5e-4" is an arm with a rate of its own.
 
 The clock is CPU time in training steps, data included, on one thread. As it passes each of --minutes the
 averaged weights are judged: samples 0 to n-1 of seed 0, classes in turn, guidance 2, Euler 25; ASFT with its
 recipe's coupled noise, and with white noise. Four fifths of the set are trained on, scores are against the
-others; `floor`: training images. `time ratio`: minutes over those in which the first arm has that score.
+others; `floor`: training images. `time ratio`: minutes over those in which the first arm has that
+Frechet distance.
 
-Writes SET-ARM-seedS-N.json and .png (samples 0 to 31) to --out after each budget, then peer-SET.json, and
-prints a table in Markdown. A training that is finished is not done again, one that was interrupted is.
+Writes SET-ARM-seedS-N.json and .png (samples 0 to 31) to --out after each budget, then peer-SET.json and a
+table. A training that is finished is not done again, one that was interrupted is.
 """
 import argparse
 import copy
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
-
-import claims  # noqa: E402
-import data  # noqa: E402
-import model as asft  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
+from common import drawn, training_steps
+import claims
+import data
+import model as asft
+import sample
+import train
 
 class DiT(nn.Module):
     """The peer behind ASFT's interface. p patch side, S patches along a side; `decode` picks velocities."""
@@ -77,31 +74,25 @@ class DiT(nn.Module):
         return self.decode(self.encode(coords, values, *condition), query_coords, query_values)
 
 def training(task, arm, seed, minutes):
-    """Trains an arm; at each budget yields it, the averaged model, train.py's settings and what is known."""
+    """Trains an arm; at each budget yields its average, train.py's settings and what is known."""
     kind, _, rate = arm.partition("@")
-    words = [*task.flags, "--seed", seed, "--latents", (task.res // 4) ** 2, "--schedule", "constant",
-             "--device", "cpu", "--out", task.out / "run", *(["--lr", rate] if rate else []),
-             *([] if kind == "asft" else ["--decode", task.res ** 2])]
+    decode = train.RECIPES["npz"]["decode"] if kind == "asft" else task.res ** 2
+    words = [*task.flags, "--decode", decode, "--seed", seed, "--schedule", "constant", "--device", "cpu",
+             "--out", task.out / "run", *(["--lr", rate] if rate else [])]
     args, given, _ = train.settings([*map(str, words)])
     dataset, cfg = train.build(args, given)
     torch.manual_seed(seed)
     net = asft.ASFT(cfg) if kind == "asft" else DiT(cfg, int(kind[4:]))
-    ema, coords = copy.deepcopy(net).requires_grad_(False), asft.image_coords(task.res)
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
-    batches = data.loader(dataset, seed, 0, args.batch_size, args.batch_size)
-    places, seconds, losses, facts = range(args.batch_size), 0.0, [], cost(net, args.decode)
+    steps = training_steps(net, data.loader(dataset, seed, 0, args.batch_size, args.batch_size), args)
+    seconds, losses, facts = 0.0, [], cost(net, args.decode)
     for budget in sorted(minutes):
         while seconds < 60 * budget:
-            began, step = time.process_time(), len(losses)
-            for group in optimizer.param_groups:
-                group["lr"] = train.learning_rate(args, step)
-            loss = train.micro_loss(net, coords, next(batches), step, places, args, net.device)
-            loss.backward()
-            train.update(net, ema, optimizer, step, args)
+            began = time.process_time()
+            ema, loss = next(steps)
             losses.append(loss.item())
             seconds += time.process_time() - began
-        yield budget, ema, args, dict(facts, minutes=budget, done=len(losses), cpu_seconds=seconds,
-                                      loss=statistics.mean(losses[-100:]))
+        yield ema, args, dict(facts, minutes=budget, done=len(losses), cpu_seconds=seconds,
+                              loss=statistics.mean(losses[-100:]))
 
 def cost(net, decode):
     """Parameters in millions, and forward GFLOP of a training image."""
@@ -117,11 +108,13 @@ def judged(task, arm, seed, minutes):
     rows = json.loads(path.read_text()) if path.exists() else []
     if {*minutes} <= {row["minutes"] for row in rows}:
         return [row for row in rows if row["minutes"] in minutes]
-    rows, label = [], task.label(task.n)
-    for budget, net, args, facts in training(task, arm, seed, minutes):
-        how = dict(guidance=args.guidance, steps=args.sampling_steps, noise_length=args.noise_length)
+    rows, label = [], np.arange(task.n) % task.classes
+    for net, args, facts in training(task, arm, seed, minutes):
+        setting = sample.WISHES | dict(
+            solver="euler", options=dict(steps=args.sampling_steps), guidance=args.guidance,
+            classes=[*range(task.classes)], noise_length=args.noise_length, dtype=train.cpu_dtype())
         for noise in ("white",) if isinstance(net, DiT) else ("coupled", "white"):
-            images, _ = claims.generated(net.eval(), label, task.n, task.res, noise=noise, **how)
+            images, _ = drawn(net.eval(), setting | dict(noise=noise), range(task.n))
             scores = task.judge.score(images, label, task.test[0])
             rows.append(dict(facts, arm=f"{arm}, {noise} noise", seed=seed, **scores))
             sample.write_png(path.with_suffix(f".{noise}.png"), sample.grid_image([*images[:32]], 8))
@@ -139,7 +132,7 @@ def ratio(minutes, goal, curve):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="glyphs", help=".npz of images and labels (default: built-in glyphs)")
+    p.add_argument("--data", help=".npz of images and labels (default: built-in glyphs)")
     p.add_argument("--minutes", nargs="+", type=float, default=[2, 5, 15], help="budgets (default: 2 5 15)")
     p.add_argument("--arms", nargs="+", default=["asft", "dit/2", "dit/4"], help="default: asft dit/2 dit/4")
     p.add_argument("--seeds", type=sample.positive, default=1, help="trainings of every arm (default: 1)")
@@ -155,12 +148,11 @@ def main(argv=None):
         for row in judged(task, arm, seed, args.minutes):
             name, minutes = f"{row['arm']}, {row['minutes']:g} min", row["minutes"]
             arms.setdefault(name, dict(minutes=minutes, seeds=[]))["seeds"].append(row)
-    for key in ("fd", "patches"):
-        mean = {name: statistics.mean(seed[key] for seed in row["seeds"]) for name, row in arms.items()}
-        first = next(iter(arms)).rpartition(",")[0]                    # the arm that others are compared with
-        curve = sorted((row["minutes"], mean[name]) for name, row in arms.items() if name.startswith(first))
-        for name, row in arms.items():
-            row[f"{key}_ratio"] = ratio(row["minutes"], mean[name], curve)
+    mean = {name: statistics.mean(seed["fd"] for seed in row["seeds"]) for name, row in arms.items()}
+    first = next(iter(arms)).rpartition(",")[0]                        # the arm that others are compared with
+    curve = sorted((row["minutes"], mean[name]) for name, row in arms.items() if name.startswith(first))
+    for name, row in arms.items():
+        row["time_ratio"] = ratio(row["minutes"], mean[name], curve)
     floor = task.judge.score(*(part[:args.n] for part in task.train), task.test[0])
     found = dict(claim="peer", data=task.stem, **task.facts, floor=floor, arms=arms)
     sample.write_json(task.out / f"peer-{task.stem}.json", found)

@@ -1,27 +1,25 @@
 """Tab. 9 for any checkpoint of images: samples finer than trained, against enlargements of the same seeds.
-
-    python experiments/upscale.py --ckpt RUN --real Y --times 4 --n 1000 [flags of evaluate.py]
+python experiments/upscale.py --ckpt RUN --real Y --times 4 --n 1000 [flags of evaluate.py]
 
 Draws the n samples at the training resolution and --times finer, enlarges the former, and scores all three by
 evaluate.py. They and metrics-ARM.json are kept in --out (default: upscale/ in the run). The paper has
 ASFT 23.09, bilinear 35.05, bicubic 24.34 (FID of FFHQ-256 at 512).
 """
 import argparse
-import sys
 from pathlib import Path
 
 from PIL import Image
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
-import evaluate  # noqa: E402
-import sample  # noqa: E402
-from glyph_report import ENLARGE  # noqa: E402
+from common import ENLARGE
+import evaluate
+import sample
 
 def enlarge(src, dst, side, how):
-    """Every image of a directory of sample.py, enlarged by one of ENLARGE."""
+    """Every image of a directory of sample.py, enlarged by one of ENLARGE; returns the directory of them."""
     dst.mkdir(exist_ok=True)
-    for file in sorted(src.glob("[0-9]*.png")):
+    for file in src.glob("[0-9]*.png"):
         sample.write_png(dst / file.name, Image.open(file).resize((side, side), ENLARGE[how]))
+    return dst
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,18 +31,15 @@ def main(argv=None):
     p.add_argument("--out", help="directory (default: upscale/ in the run)")
     args, more = p.parse_known_args(argv)
     model, checkpoint = sample.load(args.ckpt)
-    if model.cfg.domain != "image":
-        raise ValueError(f"{checkpoint['path']}: draws point clouds; expected a model of images")
     model.to(sample.start_processes())
     out, side = Path(args.out or checkpoint["home"].parent / "upscale"), args.times * model.cfg.res
-    options, found = {"steps": args.steps} if args.steps else {}, {}
-    drawn = [sample.sample(model, checkpoint, args.n, out / f"{res}", size=(res, res), options=options)
-             for res in (model.cfg.res, side)]
-    for arm in ("drawn", *ENLARGE):
-        if arm != "drawn":
-            enlarge(drawn[0], out / arm, side, arm)
-        words = ["--fake", drawn[1] if arm == "drawn" else out / arm, "--real", args.real, "--res", side,
-                 "--n", args.n, "--json", out / f"metrics-{arm}.json", *more]
+    options = {"steps": args.steps} if args.steps else {}
+    coarse, fine = (sample.sample(model, checkpoint, args.n, out / f"{res}", size=(res, res), options=options)
+                    for res in (model.cfg.res, side))
+    arms, found = {"drawn": fine} | {how: enlarge(coarse, out / how, side, how) for how in ENLARGE}, {}
+    for arm, folder in arms.items():
+        words = ["--fake", folder, "--real", args.real, "--res", side, "--n", args.n, "--json",
+                 out / f"metrics-{arm}.json", *more]
         print(f"\n{arm}:")
         found[arm] = evaluate.main([*map(str, words)])["metrics"]
     print(f"\n{args.n} samples of a model trained at {model.cfg.res} pixels, at {side}")

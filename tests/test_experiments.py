@@ -118,11 +118,14 @@ def test_the_peer_is_judged_at_each_budget(tmp_path, monkeypatch, capsys, experi
     assert capsys.readouterr().out.count(" min |") == 6
     assert len([*tmp_path.glob("set-*.png")]) == 3
 
+def mean_colours(images):
+    return images.float().mean((2, 3))
+
 def test_upscale_enlarges_the_same_samples(glyphs_run, tmp_path, monkeypatch, capsys, experiment):
     """If the arms were not the same seeds, or the enlargement another than Pillow's."""
     upscale = experiment("upscale")
     monkeypatch.chdir(tmp_path)
-    out, own = tmp_path / "up", ["--features", "glyph_report:textures", "--metrics", "fd"]
+    out, own = tmp_path / "up", ["--features", "test_experiments:mean_colours", "--metrics", "fd"]
     words = ["--ckpt", str(glyphs_run), "--real", "glyphs:val", "--n", "6", "--steps", "2", "--times", "2"]
     upscale.main([*words, "--out", str(out), *own])
     assert "trained at 32 pixels, at 64" in capsys.readouterr().out
