@@ -30,14 +30,14 @@ def alive(cfg):
 
 def training_steps(net, batches, args, called=None):
     """Trains net, by way of `called` where that is net compiled; yields its average and loss at each step."""
-    ema = copy.deepcopy(net).requires_grad_(False)
+    ema, called = copy.deepcopy(net).requires_grad_(False), net if called is None else called
     coords = asft.image_coords(net.cfg.res, device=net.device) if net.cfg.domain == "image" else None
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(args, step)
         places = range(args.batch_size)
-        loss = train.micro_loss(called or net, coords, batch, step, places, args, net.device)
+        loss = train.micro_loss(called, coords, batch, step, places, args, net.device)
         loss.backward()
         train.update(net, ema, optimizer, step, args)
         yield ema, loss.detach()
