@@ -521,7 +521,7 @@ def load(path=None, weights="ema"):
     try:
         model = ASFT(Config(**ckpt["config"]["model"]))
         model.load_state_dict(ckpt[kind])
-    except (TypeError, RuntimeError) as e:
+    except (TypeError, RuntimeError, KeyError) as e:
         raise ValueError(f"{ckpt['path']}: not a model of this model.py: {str(e)[:600]}") from None
     with open(file, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()

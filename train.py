@@ -384,19 +384,19 @@ def initialise(model, path, class_names):
 
 def resume(ckpt, run, model, ema, optimizer):
     """Loads a checkpoint; returns its step. Raises ValueError where `run` is of another model or classes."""
-    file, step, before = ckpt["path"], ckpt["step"], ckpt["config"]
-    now = run["model"] | dict(classes=run["class_names"])
-    old = before["model"] | dict(classes=before["class_names"])
-    differ = [name for name in now if now[name] != old.get(name)]
-    if differ or "optimizer" not in ckpt:
-        what = f"its run has other {', '.join(differ)}" if differ else "it holds weights alone"
-        raise ValueError(f"{file}: {what}; --init starts a new run from them")
+    file, step, before, steps = ckpt["path"], ckpt["step"], ckpt["config"], gather(ckpt["step"])
+    differ = [name for name, value in run["model"].items() if before["model"].get(name) != value]
+    if len({*steps}) > 1 or differ or before["class_names"] != run["class_names"]:
+        raise ValueError(f"{file}: its run has other {', '.join(differ) or 'classes'} (or steps: {steps})")
     if before["items"] != run["items"]:
         print0(f"warning: {run['items']} items, {before['items']} before: the data order changes here")
     groups = optimizer.state_dict()["param_groups"]                    # learning rate and betas of the flags
-    model.load_state_dict(ckpt["model"])
-    ema.load_state_dict(ckpt["ema"])
-    optimizer.load_state_dict(dict(ckpt["optimizer"], param_groups=groups))
+    try:
+        model.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        optimizer.load_state_dict(dict(ckpt["optimizer"], param_groups=groups))
+    except (RuntimeError, KeyError, ValueError) as e:                  # exported weights alone, or other code
+        raise ValueError(f"{file}: not a checkpoint to resume ({str(e)[:300]}); see --init") from None
     print0(f"resumed at step {step}")
     old, new = (argparse.Namespace(**config["settings"]) for config in (before, run))
     rates = learning_rate(old, max(0, step - 1)), learning_rate(new, step)
@@ -419,8 +419,8 @@ def micro_batches(args, model, coords, dataset, device):
         model.grad_checkpoint = again
         for pieces in (n for n in range(1, items + 1) if items % n == 0):
             if all(gather(fits(items // pieces, args, model, coords, dataset, device))):
-                print0(f"a step: {WORLD} processes x {pieces} micro-batches x {items // pieces} items"
-                       f"{', blocks recomputed' * again}")
+                kind = ", blocks recomputed" if again else ""
+                print0(f"a step: {WORLD} processes x {pieces} micro-batches x {items // pieces} items{kind}")
                 return pieces
     raise ValueError("one item does not fit the GPU; expected a smaller --model or fewer pairs (--decode)")
 
@@ -506,8 +506,8 @@ class RunDirectory:
         if record["skipped"]:
             print0(f"warning: {record['skipped']} steps up to {record['step']} were not finite and were "
                    "skipped")
-        before = [r["skipped"] for r in self.records if "skipped" in r]
-        attempt(self.add, record | dict(skipped=record["skipped"] + sum(before[-1:])))
+        record["skipped"] += next((r["skipped"] for r in reversed(self.records) if "skipped" in r), 0)
+        attempt(self.add, record)
 
     def add(self, record):
         self.records.append(record)
