@@ -355,7 +355,8 @@ class WindowAttention(nn.Module):
     def pool(self, q, values, embed):
         """Attention of l latents, absorbed queries q (l, D, H), to values (l, b, n, 3) -> (b, l, D)."""
         l, b, n, _ = values.shape
-        x = embed(values)                                                                # (l, b, n, D)
+        # autocast would convert x for each product: 5 % of a step of preset tiny on a CPU
+        x = embed(values).to(q.dtype)                                                    # (l, b, n, D)
         attn = torch.bmm(x.flatten(1, 2), q).view(l, b, n, -1).softmax(2)                # (l, b, n, H)
         x = torch.matmul(attn.transpose(2, 3).to(x.dtype), x)                            # (l, b, H, D)
         weight = self.v.weight.view(self.heads, -1, x.shape[-1]).to(x.dtype)             # (H, D/H, D)

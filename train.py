@@ -173,7 +173,7 @@ def settings(argv=None):
 
 # ---- One step ---------------------------------------------------------------------------------------------
 
-def draw(seed, step, places, N, M, drop, device):
+def random_inputs(seed, step, places, N, M, drop, device):
     """What the loss needs besides data, each a function of (seed, step, place in the batch): uniforms (B,),
     noise (B, N, 3), condition drop (B,) bool, decoded pairs (B, M) int64."""
     counts = N, -(-N // 4), 1
@@ -187,7 +187,7 @@ def draw(seed, step, places, N, M, drop, device):
 def micro_loss(net, coords, batch, step, places, args, device):
     """CICFM loss of one micro-batch (values, labels, perhaps tokens) at `places` of the global batch."""
     x0 = data.decode_values(batch[0], device)                                            # (B, N, 3)
-    u, eps, drop, query = draw(args.seed, step, places, x0.shape[1], args.decode, args.drop, device)
+    u, eps, drop, query = random_inputs(args.seed, step, places, x0.shape[1], args.decode, args.drop, device)
     label, *tokens = (x.to(device, non_blocking=True) for x in batch[1:])
     with autocast(device, args.dtype, cpu_dtype()):
         t = TIMES[args.times](u)                                                         # (B,)

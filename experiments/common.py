@@ -46,8 +46,9 @@ def drawn(model, setting, indices):
     """Samples of a setting of `sample.resolve`, pictures or float32 (n, P, 3), and the evaluations of one."""
     height, width = sample.shape_of(model.cfg, setting["size"])
     found, batch = [], max(1, min(100, 2 ** 16 // (height * width)))
+    tokens = sample.read_tokens(setting["tokens"], model.cfg) if setting["tokens"] else None
     for some in tqdm(torch.tensor([*indices]).split(batch), desc=f"samples, {height} x {width}"):
-        x, evaluations = sample.draw(model, setting, some.tolist())
+        x, evaluations = sample.draw(model, setting, some.tolist(), tokens=tokens)
         image = model.cfg.domain == "image"
         found += [sample.to_pixels(values, height, width) if image else values.numpy() for values in x]
     return np.stack(found), evaluations

@@ -3,11 +3,13 @@
 resolutions: one seed at 32, 128, 512 and 2048 pixels, below them the same eighth of the side
 letters, emoji: samples 0 to 35 at the training resolution, and emoji at 4 times it
 solids: samples 0 to 6 of 512 points; dense: samples 0 to 3 of 20,000 points
+views: solids 0 to 6 of the held-out split, above the first of two views, below samples given both
 zoom: four views into a letter, each 4 times finer than the one before
 
 Nothing is picked: samples are 0 to n-1 of seed 0. Writes assets/NAME.png (or --out), by default all of them.
 """
 import argparse
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from PIL import Image
 
 import common
 import sample
-from tools import poster
+from tools import poster, render, tokens
 
 def setting_of(name, **wishes):
     model, checkpoint = sample.load(name)
@@ -57,9 +59,18 @@ def zoom():
     model, setting = setting_of("glyphs", size=(256, 256))
     return poster.zoom(model, setting, 0, (0.596, 0.4))
 
+def views(n=7, size="112"):
+    with tempfile.TemporaryDirectory() as work:
+        render.main(["solids:val", f"{work}/views", "--n", str(n), "--size", size, "--points", "2048"])
+        tokens.main([f"{work}/views", f"{work}/set", "--features", "patches", "--size", size])
+        files = sorted(Path(work).rglob("*-0.png"))                    # by class, as the clouds' tokens
+        seen = [np.asarray(Image.open(file).resize((320, 320))) for file in files]
+        clouds = drawn("views", n, size=4096, tokens=f"{work}/set")
+    return sample.grid_image([*seen, *clouds], n)
+
 PICTURES = {"resolutions": resolutions, "emoji": emoji, "letters": partial(sheet, "glyphs", 36, 12),
             "solids": partial(sheet, "solids", 7, 7), "dense": partial(sheet, "solids", 4, 4, size=20_000),
-            "zoom": zoom}
+            "views": views, "zoom": zoom}
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

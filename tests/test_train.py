@@ -194,15 +194,15 @@ def test_two_processes_compiled(alone, base, tmp_path):
 
 def test_draws_depend_on_step_and_place_alone():
     """If noise, times, drops or decoded pairs depended on how a batch is cut, or were badly distributed."""
-    whole = train.draw(3, 7, range(8), 50, 20, 0.5, "cpu")
+    whole = train.random_inputs(3, 7, range(8), 50, 20, 0.5, "cpu")
     for cut in (range(0, 3), range(3, 8), range(5, 6)):
-        for part, column in zip(train.draw(3, 7, cut, 50, 20, 0.5, "cpu"), whole):
+        for part, column in zip(train.random_inputs(3, 7, cut, 50, 20, 0.5, "cpu"), whole):
             assert torch.equal(part, column[list(cut)])
     assert all(len(set(row)) == 20 and set(row) <= set(range(50)) for row in whole[3].tolist())
-    for other in (train.draw(3, 8, range(8), 50, 20, 0.5, "cpu"),
-                  train.draw(4, 7, range(8), 50, 20, 0.5, "cpu")):
+    for other in (train.random_inputs(3, 8, range(8), 50, 20, 0.5, "cpu"),
+                  train.random_inputs(4, 7, range(8), 50, 20, 0.5, "cpu")):
         assert not torch.equal(other[1], whole[1]) and not torch.equal(other[0], whole[0])
-    u, eps, drop, query = train.draw(0, 0, range(2000), 10, 5, 0.1, "cpu")
+    u, eps, drop, query = train.random_inputs(0, 0, range(2000), 10, 5, 0.1, "cpu")
     assert abs(u.mean() - 0.5) < 0.03 and abs(eps.std() - 1) < 0.02 and abs(drop.float().mean() - 0.1) < 0.03
     assert abs(torch.corrcoef(torch.stack([u, drop.float(), eps[:, 0, 0]]))[[0, 0, 1], [1, 2, 2]]).max() < 0.1
 
