@@ -323,13 +323,15 @@ def prepare(part, tree):
 READERS = {".obj": read_obj, ".off": read_off, ".ply": read_ply, ".stl": read_stl, ".glb": read_gltf,
            ".gltf": read_gltf}
 
-# ---- Jobs: (source, split, class, name) of every surface; source is a file, or (split, i) of the solids ---
+# ---- Jobs: one of every surface; its source is a file, or the number of a solid ------------------------
+
+Job = collections.namedtuple("Job", "source split kind name")
 
 def jobs_of(args):
     kind, _, split = args.src.partition(":")
     if kind == "solids":
         names, split = Solids().class_names, split or "train"
-        return [((split, i), split, names[i % len(names)], f"{i:06d}") for i in range(args.n or 1)]
+        return [Job(i, split, names[i % len(names)], f"{i:06d}") for i in range(args.n or 1)]
     official, jobs = {}, {}
     if args.splits:
         with reading(args.splits, "a table with columns modelId and split"):
@@ -350,7 +352,7 @@ def jobs_of(args):
         jobs[place] = file
     if not jobs:
         raise ValueError(f"{args.src}: found no meshes; expected files of {' '.join(READERS)}")
-    return [(file, *place) for place, file in jobs.items()]
+    return [Job(file, *place) for place, file in jobs.items()]
 
 def cloud_of(job, points, triangles):
     """Points uniform by area, drawn by a generator of the job's split, class and name alone."""
@@ -360,14 +362,14 @@ def cloud_of(job, points, triangles):
 def write_job(job, dst, points, place, prepare=None):
     """Writes the cloud of a job at DST/place, if it is not there, as the last of its files: before it
     prepare(path, triangles, colours) may write others, and gives the triangles that the cloud is of."""
-    path = Path(dst, place.format(*job))
+    path = Path(dst, place.format(**job._asdict()))
     if path.exists() and len(read_cloud(path)) != points:
         raise ValueError(f"{path}: found another number of points; expected {points}, or another directory")
     if not path.exists():
-        if isinstance(job[0], tuple):
-            triangles, colours = Solids(split=job[0][0]).surface(job[0][1]), None
+        if isinstance(job.source, int):
+            triangles, colours = Solids(split=job.split).surface(job.source), None
         else:
-            triangles, colours = read_mesh(job[0])
+            triangles, colours = read_mesh(job.source)
         path.parent.mkdir(parents=True, exist_ok=True)
         triangles = prepare(path, triangles, colours) if prepare else triangles
         write_atomic(path, partial(np.save, arr=cloud_of(job, points, triangles)))
@@ -376,12 +378,13 @@ def run(args, place, prepare=None):
     """write_job of every job; prints how many there are of each class and split."""
     jobs, done = jobs_of(args), collections.Counter()
     write = partial(write_job, dst=args.dst, points=args.points, place=place, prepare=prepare)
-    advice = None if args.skip_bad else "; what is done is kept, --skip-bad leaves such files out"
-    for (_, split, kind, _), problem in zip(jobs, in_parallel(write, jobs, args.workers, "mesh", advice)):
+    for job, problem in zip(jobs, in_parallel(write, jobs, args.workers, "mesh")):
+        if problem and not args.skip_bad:
+            raise ValueError(f"{problem}; what is done is kept, --skip-bad leaves such files out")
         if problem:
             print(f"left out: {problem}")
         else:
-            done[CATEGORIES.get(kind, kind), split] += 1
+            done[CATEGORIES.get(job.kind, job.kind), job.split] += 1
     for (kind, split), count in sorted(done.items()):
         print(f"{kind} {split}: {count}")
     print(f"{done.total()} of {len(jobs)} meshes in {args.dst}, {args.points} points each")
@@ -399,7 +402,7 @@ def parser(text, points):
     return p
 
 def main(argv=None):
-    run(parser(__doc__, 15000).parse_args(argv), "{2}/{1}/{3}.npy")
+    run(parser(__doc__, 15000).parse_args(argv), "{kind}/{split}/{name}.npy")
 
 if __name__ == "__main__":
     run_main(main)

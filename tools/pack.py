@@ -33,16 +33,12 @@ def attempt(function, item):
     except (ValueError, OSError) as error:
         return ValueError(str(error))
 
-def in_parallel(function, items, workers, unit, advice=None):
-    """Yields attempt(function, item) of every item, in order, with a progress bar. With advice the first that
-    is wrong ends it, in these words."""
+def in_parallel(function, items, workers, unit):
+    """Yields attempt(function, item) of every item, in order, with a progress bar."""
     results = DataLoader(items, batch_size=None, collate_fn=partial(attempt, function), num_workers=workers,
                          worker_init_fn=start_worker)
     try:
-        for result in tqdm(results, total=len(items), unit=unit):
-            if isinstance(result, ValueError) and advice is not None:
-                raise ValueError(f"{result}{advice}")
-            yield result
+        yield from tqdm(results, total=len(items), unit=unit)
     except RuntimeError as error:
         raise OSError(f"{error}; fewer --workers need less memory") from None
 
@@ -79,9 +75,10 @@ def fill(source, path, manifest, workers):
     if hasattr(os, "posix_fallocate"):                     # a map that fills the disk would kill this process
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    items = in_parallel(partial(Folder.item, source), range(done, len(source)), workers, "image",
-                        "; tools/check.py lists all such files")
+    items = in_parallel(partial(Folder.item, source), range(done, len(source)), workers, "image")
     for i, item in enumerate(items, done):
+        if isinstance(item, ValueError):
+            raise ValueError(f"{item}; tools/check.py lists all such files")
         images[i] = item[0]
         if (i + 1) % SAVE_EVERY == 0 or i + 1 == len(source):
             images.flush()

@@ -103,7 +103,7 @@ def main(argv=None):
     p = meshes.parser(__doc__, 32768)
     p.add_argument("--size", type=positive, default=448, help="side of a view in pixels (default: 448)")
     args = p.parse_args(argv)
-    meshes.run(args, "{1}/{2}/{3}.npy", partial(write_views, size=args.size))
+    meshes.run(args, "{split}/{kind}/{name}.npy", partial(write_views, size=args.size))
 
 if __name__ == "__main__":
     run_main(main)

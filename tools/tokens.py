@@ -77,8 +77,11 @@ def of_objects(src, dst, spec, extract, workers):
     write_json(about, spec)
     out = {stem: Path(dst, f"{Path(stem).relative_to(src)}.npz") for stem in stems}
     todo = [stem for stem in stems if not out[stem].exists()]
-    objects = in_parallel(partial(read_object, size=spec["size"]), todo, workers, "object", "")
-    for stem, (views, cloud) in zip(todo, objects):
+    objects = in_parallel(partial(read_object, size=spec["size"]), todo, workers, "object")
+    for stem, found in zip(todo, objects):
+        if isinstance(found, ValueError):
+            raise found
+        views, cloud = found
         cond_token = tokens(views, extract).astype(np.float16)
         out[stem].parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out[stem], partial(np.savez, xyz=cloud, cond_token=cond_token))
