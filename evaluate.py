@@ -1,8 +1,8 @@
 """Evaluate samples against real data: python evaluate.py --fake X --real Y [--metrics fid is ...]
 
 X, Y: a directory, .zip or lmdb of images, packed or not; a directory of point clouds (.npy, .ply) or of
-sample.py; an .npz, read into memory (arr_0 or images uint8 (S,H,W,3); statistics mu, sigma; arr_0 floating
-(S,P,3)); a .npy or LION's .pt of point clouds (S,P,3); a data set, NAME or NAME:SPLIT. X may be a checkpoint.
+sample.py; an .npz (arr_0 or images uint8 (S,H,W,3); statistics mu, sigma; arr_0 floating (S,P,3)); a .npy or
+LION's .pt of point clouds (S,P,3); a data set, NAME or NAME:SPLIT. X may be a checkpoint or shipped model.
 
     python evaluate.py stats --data Y --res R --out ref.npz      reference statistics of images
 
@@ -391,10 +391,10 @@ def require(task, name, domain, given):
                 task.warn(f"{network}: {file}, SHA-256 {digest}, is not the published file; not comparable")
 
 def is_checkpoint(source):
-    """A run directory, or a file with averaged weights: other .pt files hold clouds."""
-    path = Path(source or "")
+    """A shipped model, a run directory, or a file with averaged weights: other .pt files hold clouds."""
+    path, shipped = Path(source or ""), sample.WEIGHTS / f"{source}.pt"
     if path.suffix.lower() != ".pt" or not zipfile.is_zipfile(path):
-        return path.is_dir() and bool(sample.checkpoints(path))
+        return bool(sample.checkpoints(path)) if path.exists() else shipped.exists()
     with data.reading(path, "a file of tensors"):
         return {"ema", "config"} <= {*torch.load(path, map_location="cpu", weights_only=True, mmap=True)}
 
@@ -540,7 +540,7 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument
     flag("command", nargs="?", choices=("stats",))
-    flag("--fake", help="the samples, or a checkpoint to draw them from")
+    flag("--fake", help="the samples, or a checkpoint or shipped model to draw them from")
     flag("--real", help="the reference")
     flag("--dataset", choices=[*data.DATASETS, *FOLDERS], help="the same as --real NAME")
     flag("--data", help="directory or file of the data set; for stats: any set that --real takes")

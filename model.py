@@ -340,7 +340,7 @@ class WindowAttention(nn.Module):
     Absorbed form: the batch shares q_l, so score(l, n) = (W_k^T q_l) . x_n (a key bias cancels) and
     out_l = W_v (sum_n a_ln x_n) + b_v. At 256 x 256 it saves B 150 of 496 forward GFLOP, and keys and values.
     Windows are read in chunks, recomputed in the backward pass: XL's whole x (N, D) would be 151 MB a
-    sample in bfloat16, while reading costs 2 % of the FLOPs."""
+    sample in bfloat16, converted once for both products, while reading costs 2 % of the FLOPs."""
     AT_A_TIME = {"cpu": 2 ** 21, "cuda": 2 ** 28}      # elements of x in a chunk; on a CPU they fit its cache
 
     def __init__(self, cfg):
@@ -355,7 +355,6 @@ class WindowAttention(nn.Module):
     def pool(self, q, values, embed):
         """Attention of l latents, absorbed queries q (l, D, H), to values (l, b, n, 3) -> (b, l, D)."""
         l, b, n, _ = values.shape
-        # autocast would convert x for each product: 5 % of a step of preset tiny on a CPU
         x = embed(values).to(q.dtype)                                                    # (l, b, n, D)
         attn = torch.bmm(x.flatten(1, 2), q).view(l, b, n, -1).softmax(2)                # (l, b, n, H)
         x = torch.matmul(attn.transpose(2, 3).to(x.dtype), x)                            # (l, b, H, D)

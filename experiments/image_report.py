@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import data  # noqa: E402
-import sample  # noqa: E402
-from metrics import clouds  # noqa: E402
+from common import drawn
+import data
+import sample
+from metrics import clouds
 
 def retrieved(distance, kinds, of_each):
     """Share of clouds nearest to their own object, among so many of each kind; mean over disjoint groups."""
@@ -29,13 +28,14 @@ def retrieved(distance, kinds, of_each):
 def main(run, prepared, views, out):
     prepared, views = Path(prepared, "val"), Path(views, "val")
     files = [Path(file) for file in data.find_files(str(prepared), {".npz"})]
-    points = sample.read_checkpoint(run, mmap=True)["config"]["model"]["points"]
+    model, checkpoint = sample.load(run)
+    points = model.cfg.points
     stored = [data.normalise(np.load(file, allow_pickle=False)["xyz"])[0] for file in files]
     objects, others = (np.stack([cloud[part] for cloud in stored])
                        for part in (slice(points), slice(points, 2 * points)))
     kinds = [file.parent.name for file in files]
-    drawn = sample.main(["--ckpt", run, "--tokens", str(prepared), "--samples", str(len(files))])
-    found = np.stack([np.load(drawn / f"{i:06d}.npy", allow_pickle=False) for i in range(len(files))])
+    setting = sample.resolve(model.cfg, checkpoint, tokens=str(prepared))
+    found, _ = drawn(model.to(sample.start_processes()), setting, range(len(files)))
     ours, floor = (clouds.pairwise(x, objects, "chamfer", progress=False) for x in (found, others))
     right = np.mean([kinds[j] == kind for j, kind in zip(ours.argmin(1), kinds)])
     print(f"{len(files)} held-out objects of {len(set(kinds))} kinds, {points} points: nearest to one of its "

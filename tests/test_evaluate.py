@@ -207,6 +207,12 @@ def test_checkpoint_is_sampled_and_kept(image_run):
     assert run(*words)["metrics"] == result["metrics"] and os.stat("drawn/000003.png").st_mtime_ns == before
     assert run("--fake", "drawn", "--real", "glyphs:val", *MINE, "--n", 7)["metrics"] == result["metrics"]
 
+def test_a_name_is_the_shipped_model_of_fakes_and_a_data_set_with_a_split():
+    words = "--real", "glyphs:val", *MINE, "--n", 4
+    drawn = run("--fake", "glyphs", *words, "--steps", 1, "--out", "drawn")["protocol"]
+    assert drawn["ckpt"] == str(sample.WEIGHTS / "glyphs.pt") and Path("drawn/000003.png").exists()
+    assert run("--fake", "glyphs:train", *words)["protocol"]["fake"] == "glyphs:train"
+
 def test_nothing_is_drawn_before_all_is_known_to_be_right(image_run, monkeypatch):
     """If hours of drawing ended in a wrong flag."""
     monkeypatch.setattr(sample, "sample", lambda *args, **kwargs: pytest.fail("drew samples"))

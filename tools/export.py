@@ -24,8 +24,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", help="checkpoint file or run directory")
     p.add_argument("path", help="file to write")
-    args = p.parse_args(argv)
-    export(args.run, args.path)
+    export(**vars(p.parse_args(argv)))
 
 if __name__ == "__main__":
     run_main(main)

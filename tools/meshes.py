@@ -324,7 +324,6 @@ READERS = {".obj": read_obj, ".off": read_off, ".ply": read_ply, ".stl": read_st
            ".gltf": read_gltf}
 
 # ---- Jobs: one of every surface; its source is a file, or the number of a solid ------------------------
-
 Job = collections.namedtuple("Job", "source split kind name")
 
 def jobs_of(args):
@@ -379,12 +378,12 @@ def run(args, place, prepare=None):
     jobs, done = jobs_of(args), collections.Counter()
     write = partial(write_job, dst=args.dst, points=args.points, place=place, prepare=prepare)
     for job, problem in zip(jobs, in_parallel(write, jobs, args.workers, "mesh")):
-        if problem and not args.skip_bad:
-            raise ValueError(f"{problem}; what is done is kept, --skip-bad leaves such files out")
-        if problem:
+        if not problem:
+            done[CATEGORIES.get(job.kind, job.kind), job.split] += 1
+        elif args.skip_bad:
             print(f"left out: {problem}")
         else:
-            done[CATEGORIES.get(job.kind, job.kind), job.split] += 1
+            raise ValueError(f"{problem}; what is done is kept, --skip-bad leaves such files out")
     for (kind, split), count in sorted(done.items()):
         print(f"{kind} {split}: {count}")
     print(f"{done.total()} of {len(jobs)} meshes in {args.dst}, {args.points} points each")

@@ -81,10 +81,9 @@ def of_objects(src, dst, spec, extract, workers):
     for stem, found in zip(todo, objects):
         if isinstance(found, ValueError):
             raise found
-        views, cloud = found
-        cond_token = tokens(views, extract).astype(np.float16)
+        cond_token = tokens(found[0], extract).astype(np.float16)
         out[stem].parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out[stem], partial(np.savez, xyz=cloud, cond_token=cond_token))
+        write_atomic(out[stem], partial(np.savez, xyz=found[1], cond_token=cond_token))
     print(f"{len(stems)} objects in {dst}, {len(todo)} of them new")
 
 def of_image(files, ckpt, out, weights=None, device="cpu"):
