@@ -65,8 +65,7 @@ def views(n=7, size="112"):
         tokens.main([f"{work}/views", f"{work}/set", "--features", "patches", "--size", size])
         files = sorted(Path(work).rglob("*-0.png"))                    # by class, as the clouds' tokens
         seen = [np.asarray(Image.open(file).resize((320, 320))) for file in files]
-        clouds = drawn("views", n, size=4096, tokens=f"{work}/set")
-    return sample.grid_image([*seen, *clouds], n)
+        return sample.grid_image([*seen, *drawn("views", n, size=4096, tokens=f"{work}/set")], n)
 
 PICTURES = {"resolutions": resolutions, "emoji": emoji, "letters": partial(sheet, "glyphs", 36, 12),
             "solids": partial(sheet, "solids", 7, 7), "dense": partial(sheet, "solids", 4, 4, size=20_000),

@@ -1,9 +1,8 @@
 """Do point clouds follow their images? python experiments/image_report.py RUN SET VIEWS OUT.png
 
 RUN was trained by --dataset objaverse, SET/val and VIEWS/val hold objects it never saw (tools/tokens.py,
-tools/render.py). One cloud is drawn for each; it counts as right where its Chamfer distance to its own object
-is smaller than to every other. The floor is the same test with other points of the very object in place of
-the sample, chance is 1 / N.
+tools/render.py). One cloud is drawn for each; right is one that is nearest to its own object, by Chamfer
+distance. The floor is the same test with other points of the object in place of the sample, chance 1 / N.
 """
 import sys
 from pathlib import Path
