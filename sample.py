@@ -658,8 +658,8 @@ def compile_parts(model):
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument
-    flag("--ckpt", help="checkpoint file, run directory, or a shipped model: glyphs, solids, emoji (default: "
-         "the newest run in runs/, else glyphs)")
+    flag("--ckpt", help="checkpoint file, run directory, or a shipped model: glyphs, solids, emoji, views "
+         "(default: the newest run in runs/, else glyphs)")
     flag("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights (default: ema)")
     # torchrun takes --n in its script's flags for its own --nnodes, hence the second name
     flag("--n", "--samples", type=positive, help="number of samples (default: 16, fewer of large ones)")

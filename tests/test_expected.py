@@ -59,7 +59,7 @@ def test_shipped_letters_are_letters_and_the_same_at_every_resolution():
     nearest = np.abs(shapes(images[32]) @ real.T).argmax(1) % 36
     assert (nearest == np.arange(8)).mean() >= 0.5                           # by chance 0.03
 
-@pytest.mark.parametrize("name", ["glyphs", "solids", "emoji"])
+@pytest.mark.parametrize("name", ["glyphs", "solids", "emoji", "views"])
 def test_shipped_models_hold_no_path_and_no_optimizer(name):
     state = sample.read_checkpoint(sample.find_checkpoint(name))
     settings = state["config"]["settings"]
