@@ -50,7 +50,7 @@ SMALL = dict(PAPER, model="tiny", decode=256, batch_size=16, steps=10_000, lr=2e
 SMALL_POINTS = dict(SMALL, model="point-tiny", times="uniform", steps=6000, points=512, decode=512,
                     noise="white", guidance=1.0)
 RECIPES = {
-    "glyphs": dict(SMALL, loader="glyphs", res=32, lr=3e-3, noise_length=4.0),
+    "glyphs": dict(SMALL, loader="glyphs", res=32, steps=5000, lr=3e-3, noise_length=4.0),
     "solids": dict(SMALL_POINTS, loader="solids"),
     "folder": dict(SMALL, loader="folder", res=32),
     "npz": dict(SMALL, loader="npz"),

@@ -250,6 +250,13 @@ def test_the_decoder_starts_local():
     away = torch.cdist(coords, centres)
     assert (weight * away).sum(1).mean() < 0.7 * away.mean()                  # uniform attention: away.mean()
 
+def test_classes_start_louder_than_time():
+    """If class embeddings started as small as in DiT, and classes were learnt late."""
+    torch.manual_seed(0)
+    net = asft.ASFT(asft.config("tiny", n_classes=99))
+    assert 0.45 < net.classes.weight.std() < 0.55
+    assert net.time(asft.time_features(torch.rand(50))).std() < 0.1
+
 def test_coordinates_and_features_are_their_formulas():
     """If axes were swapped, features scaled or reordered, or the top frequency were not 112 pi at 256."""
     centres = torch.tensor([[((j + 0.5) / 5, (i + 0.5) / 3) for j in range(5)] for i in range(3)])

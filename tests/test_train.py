@@ -446,7 +446,7 @@ def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch):
 def test_init_takes_weights_and_architecture(glyphs_run, tmp_path, capsys):
     """Averaged weights of a checkpoint; classes other than its own are newly drawn, which is said."""
     args, _, ckpt = train.settings(["--init", str(glyphs_run), "--out", str(tmp_path / "new")])
-    assert ckpt is None and args.steps == 10_000
+    assert ckpt is None and args.steps == train.RECIPES["glyphs"]["steps"]
     assert (args.model, args.width, args.latents) == ("tiny", 32, 16)
     old, cfg = sample.load(glyphs_run)[0], sample.load(glyphs_run)[0].cfg
     model = asft.ASFT(dataclasses.replace(cfg, n_classes=2))
