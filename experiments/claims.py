@@ -18,7 +18,6 @@ printed, results/NAME-SET-STEPS.json there, and .png: the first samples, a row f
 import argparse
 import json
 import statistics
-from contextlib import nullcontext
 from functools import reduce
 from pathlib import Path
 from unittest.mock import patch
@@ -51,11 +50,17 @@ def changed(arm):
             nn.init.xavier_uniform_(attention.kv.weight)
             nn.init.ones_(attention.q_norm.weight)
 
+    def small_classes(self):
+        start(self)
+        nn.init.normal_(self.classes.weight, std=0.02)
+
     def at_once(ema, model, step, *rest):
         average(ema, model, 10 ** 9, *rest)
-    if arm.endswith("uniform start"):
-        return patch.object(asft.ASFT, "init_weights", uniform_start)
-    return patch.object(train, "update_ema", at_once) if arm == "no EMA warm-up" else nullcontext()
+    if arm == "no EMA warm-up":
+        return patch.object(train, "update_ema", at_once)
+    starts = {"uniform start": uniform_start, "small classes": small_classes}
+    start_of_arm = starts.get(arm.rpartition(", ")[2], start)
+    return patch.object(asft.ASFT, "init_weights", start_of_arm)
 
 def arms(task):
     """Flags of train.py by arm. `spatial` is the paper's form, `preset` that of the CPU recipe, which has 16
@@ -70,7 +75,7 @@ def arms(task):
         "perceiver": perceiver, "perceiver, lr 1e-3": [*perceiver, *half],
         "encoder heads 16": ["--encoder-heads", 16], "encoder heads 64": ["--encoder-heads", 64],
         **{f"windows {p} x {p}": [*spatial, "--latents", (task.res // p) ** 2] for p in (2, 7)},
-        "preset": [], "no EMA warm-up": [],
+        "preset": [], "preset, small classes": [], "no EMA warm-up": [],
         **{f"decoded 1/{share}": ["--decode", pairs // share] for share in (16, 8, 2, 1)},
         "width 64": ["--width", 64], "width 256": ["--width", 256],
         "width 256, lr 1e-3": ["--width", 256, *half],
@@ -95,6 +100,7 @@ COMPARED = {          # claim -> default of --steps, arms
     "linear": (2000, ("spatial", "linear")),                                             # App. B
     "plateau": (800, ("spatial", "spatial, uniform start", "encoder heads 16",
                       "encoder heads 16, uniform start", "linear", "linear, uniform start")),
+    "classes": (2000, ("preset", "preset, small classes")),
     "switches": (2000, ("encoder heads 16", "2 levels", "RoPE", "uniform t", "no QK-norm")),
     "ours": (2000, ("spatial", "encoder heads 16", "encoder heads 64", "windows 2 x 2", "windows 7 x 7")),
     "defaults": (1000, ("preset", "lr 1e-3", "lr 4e-3", "constant lr", "no EMA warm-up")),       # on CPUs
