@@ -372,11 +372,11 @@ def initialise(model, path, class_names):
     ckpt = read_checkpoint(find_checkpoint(path))
     old, state = ckpt["config"]["class_names"], ckpt["ema"]
     if old != class_names:
-        print0(f"--init {path}: embeddings of {len(class_names)} classes are new, those of its {len(old)} "
-               "left out")
-        state.pop("classes.weight", None)
-        if class_names:
-            state["classes.weight"] = model.classes.weight
+        print0(f"--init {path}: {len(class_names)} classes are new, its {len(old)} are left out")
+        table, own = state.pop("classes.weight", None), model.classes and model.classes.weight
+        if class_names:                                    # as large as what the other weights are used to
+            std = 0.02 if table is None else table.float().std()
+            state["classes.weight"] = own * (std / own.std())
     try:
         model.load_state_dict(state)
     except RuntimeError as e:

@@ -1,4 +1,4 @@
-"""The pictures of README.md and docs/, drawn by the shipped models: python experiments/gallery.py [NAME ...]
+"""Pictures of README.md and docs/ that the shipped models draw: python experiments/gallery.py [NAME ...]
 
 resolutions: one seed at 32, 128, 512 and 2048 pixels, below them the same eighth of the side
 letters, emoji: samples 0 to 35 at the training resolution, and emoji at 4 times it
@@ -57,7 +57,7 @@ def emoji():
 
 def zoom():
     model, setting = setting_of("glyphs", size=(256, 256))
-    return poster.zoom(model, setting, 0, (0.596, 0.4))
+    return poster.zoom(model, setting, 0, (0.668, 0.4))
 
 def views(n=7, size="112"):
     with tempfile.TemporaryDirectory() as work:

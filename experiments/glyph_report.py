@@ -21,7 +21,7 @@ def main():
     model, checkpoint = sample.load(args.ckpt)
     setting = sample.resolve(model.cfg, checkpoint, noise="white", solver="euler")
     with tempfile.TemporaryDirectory() as place:
-        known, unseen = renders(32, 36 * 700, "train"), renders(32, 36 * 20, "test")
+        known, unseen = (renders(model.cfg.res, n, s) for n, s in ((25_200, "train"), (720, "test")))
         judge = claims.Judge(f"{place}/classifier.pt", known, unseen, 36, epochs=3)
     right = judge.features(drawn(model, setting, range(args.n))[0])[2].numpy() == np.arange(args.n) % 36
     misread = [checkpoint["config"]["class_names"][i % 36] for i in np.flatnonzero(~right)]

@@ -23,7 +23,7 @@ def enlarge(src, dst, side, how):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", help="checkpoint file or run directory (default: the newest in runs/)")
+    p.add_argument("--ckpt", help="as for sample.py (default: the newest run, else glyphs)")
     p.add_argument("--real", required=True, help="reference images, as for evaluate.py")
     p.add_argument("--times", type=sample.positive, default=4, help="how much finer (default: 4)")
     p.add_argument("--n", "--samples", type=sample.positive, default=1000, help="default: 1000")

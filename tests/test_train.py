@@ -452,7 +452,8 @@ def test_init_takes_weights_and_architecture(glyphs_run, tmp_path, capsys):
     model = asft.ASFT(dataclasses.replace(cfg, n_classes=2))
     drawn = model.classes.weight.clone()
     train.initialise(model, glyphs_run, ["a", "b"])
-    assert "2 classes are new" in capsys.readouterr().out and torch.equal(model.classes.weight, drawn)
+    assert "2 classes are new" in capsys.readouterr().out
+    assert torch.allclose(model.classes.weight, drawn * old.classes.weight.std() / drawn.std())
     assert torch.equal(model.head.weight, old.head.weight)
     names = sample.load(glyphs_run)[1]["config"]["class_names"]
     train.initialise(same_classes := asft.ASFT(cfg), glyphs_run, names)
@@ -517,7 +518,7 @@ def test_a_step_is_cut_as_little_as_memory_asks_for(monkeypatch, capsys):
 
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
     """If a step waited for the disk: the write ends only after a later step has begun."""
-    reached, inner, draws = threading.Event(), train.save, train.draw
+    reached, inner, draws = threading.Event(), train.save, train.random_inputs
 
     def later(seed, step, *rest):
         if step == 3:
@@ -527,7 +528,7 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
     def slow(out, state, *rest):
         assert state["step"] > 2 or reached.wait(60)
         return inner(out, state, *rest)
-    monkeypatch.setattr(train, "draw", later)
+    monkeypatch.setattr(train, "random_inputs", later)
     monkeypatch.setattr(train, "save", slow)
     out = trained(tmp_path / "run", *FLAGS, "--steps", 4)
     assert [file.name for file in sample.checkpoints(out)] == ["ckpt.pt", "ckpt-0000002.pt"]

@@ -89,7 +89,7 @@ def place(text):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", help="checkpoint file or run directory (default: the newest in runs/)")
+    p.add_argument("--ckpt", help="as for sample.py (default: the newest run, else glyphs)")
     p.add_argument("--res", default="4096", help="side, HEIGHTxWIDTH, or 4x (default: 4096)")
     p.add_argument("--zoom", type=place, metavar="x,y", help="four views towards this place instead")
     p.add_argument("--n", "--samples", type=sample.positive, default=1, help="number of images (default: 1)")
