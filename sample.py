@@ -30,7 +30,6 @@ from tqdm import tqdm
 from model import ASFT, PATHS, Config, image_coords, linear_path
 
 # ---- Solvers: functions of a velocity(x, t) and a start x at t = 1; they return x at t = 0
-
 def euler(velocity, x, steps):
     for i in range(steps):
         x = x - velocity(x, 1 - i / steps) / steps
@@ -104,7 +103,6 @@ SOLVERS = {"euler": euler, "heun": heun, "dopri5": dopri5, "sde": sde}
 NAMED = {"path": PATHS, "diffusion": DIFFUSIONS}           # options of a solver that `generate` takes by name
 
 # ---- From a model to samples
-
 class Velocity:
     """Guided velocity v_null + g (v_cond - v_null) of a state whose first `context` pairs are the context.
     A call is one encoder pass, then the decoder in chunks; progress(share of a call) hears of each chunk.
@@ -216,7 +214,6 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
     return x[:, y0 - top:y1 - top, x0 - left:x1 - left].flatten(1, 2), velocity.calls
 
 # ---- Noise
-
 NOISES = "white", "coupled"
 PURPOSES = "training", "context", "query", "field"
 
@@ -270,7 +267,6 @@ def smooth(grid, size, box):
     return torch.einsum("xj,byjc->byxc", weights(box[0], box[2], size[1]), rows).flatten(1, 2)
 
 # ---- Samples as files: 000000.png, or .npy, .ply and a preview .png; samples.json tells the setting
-
 DEFAULTS = dict(evaluations=100, rtol=1e-3, atol=1e-3, diffusion="sigma", last=0.004)      # of solvers
 WISHES = dict(size=None, crop=None, seed=0, classes=(), tokens=None, guidance=None, guidance_interval=(0, 1),
               solver=None, options={}, dtype="auto", noise="white", noise_length=4.0, refine=0.0)
@@ -473,7 +469,6 @@ def grid_image(images, columns=None):
     return sheet
 
 # ---- Checkpoints and files
-
 WEIGHTS = Path(__file__).resolve().parent / "weights"                  # shipped models; see README.md there
 
 def checkpoints(run):
@@ -497,8 +492,8 @@ def find_checkpoint(path=None):
 def read_checkpoint(path, mmap=False):
     """A checkpoint of train.py on the CPU, with its `path`; of a run directory the newest whole one."""
     for file in checkpoints(path) if Path(path).is_dir() else [Path(path)]:
-        written = file.stat().st_mtime_ns                              # raises where the file is missing
         try:
+            written = file.stat().st_mtime_ns
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()                           # torch compares no checksums of its own
             ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
@@ -506,6 +501,10 @@ def read_checkpoint(path, mmap=False):
                 return read_checkpoint(path, mmap)
             if not damaged and {"ema", "step", "config"} <= {*ckpt}:
                 return dict(ckpt, path=file)
+        except FileNotFoundError:
+            if Path(path).exists():                                    # a save has moved the file meanwhile
+                return read_checkpoint(path, mmap)
+            raise
         except Exception as e:                                         # broken bytes raise nearly anything
             damaged = type(e).__name__
         print0(f"warning: {file}: not a whole checkpoint of train.py ({damaged})", sys.stderr)
@@ -558,7 +557,6 @@ def write_json(path, content):
     write_atomic(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
 
 # ---- Processes and devices: valid with and without torchrun
-
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def print0(text="", file=None):
@@ -620,7 +618,6 @@ def progress_bar(total, unit, initial=0):
                 bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]")
 
 # ---- Command line
-
 def positive(text, least=1):
     """A whole number of at least `least`; argparse names the flag of a ValueError."""
     if int(text) < least:

@@ -288,6 +288,17 @@ def test_a_failed_last_save_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     trained(out, "--steps", 4, "--resume", out)
     assert sample.read_checkpoint(out)["step"] == 4
 
+def test_a_checkpoint_that_a_save_moves_is_still_found(glyphs_run, tmp_path, monkeypatch, capsys):
+    """If sampling ended where training wrote a new checkpoint between two looks at the old one."""
+    out = shutil.copytree(glyphs_run, tmp_path / "run")
+
+    def moved(file, open_zip=sample.zipfile.ZipFile):
+        monkeypatch.undo()
+        os.replace(file, out / "ckpt-0000001.pt")
+        return open_zip(file)
+    monkeypatch.setattr(sample.zipfile, "ZipFile", moved)
+    assert sample.read_checkpoint(out)["path"].name == "ckpt-0000001.pt" and not capsys.readouterr().err
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_vanishes_is_told_after_a_save(tmp_path, monkeypatch, workers):
     """If steps since the last checkpoint were lost, or the loss of half a step came into the log."""
