@@ -368,7 +368,7 @@ def start(args, cfg, ckpt, dataset, device):
     return model, ema, optimizer, net
 
 def initialise(model, path, class_names):
-    """Averaged weights of any checkpoint; the embedding of other classes than its own stays newly drawn."""
+    """Averaged weights of any checkpoint; embeddings of other classes are new, as large as its own were."""
     ckpt = read_checkpoint(find_checkpoint(path))
     old, state = ckpt["config"]["class_names"], ckpt["ema"]
     if old != class_names:

@@ -49,7 +49,7 @@ class DiT(nn.Module):
         for layer in (layer for layer in self.modules() if isinstance(layer, nn.Linear)):    # as in DiT
             nn.init.zeros_(layer.bias)
             nn.init.zeros_(layer.weight) if layer in zero else nn.init.xavier_uniform_(layer.weight)
-        for table, std in ((self.classes, 0.5), (self.time[0], 0.02), (self.time[2], 0.02)):
+        for table, std in ((self.classes, 0.5), (self.time[0], 0.02), (self.time[2], 0.02)):   # as in ASFT
             nn.init.normal_(table.weight, std=std)
 
     def encode(self, coords, values, t, label=None, tokens=None, drop=None):

@@ -104,7 +104,7 @@ def main(argv=None):
     p.add_argument("--features", choices=("dinov2", "patches"), default="dinov2", help="default: dinov2")
     p.add_argument("--size", type=positive, default=448, help="side of the views, resized (default: 448)")
     p.add_argument("--image", nargs="+", metavar="FILE", help="one, or two of opposite sides")
-    p.add_argument("--ckpt", help="with --image: checkpoint or run directory")
+    p.add_argument("--ckpt", help="with --image: checkpoint, run directory or shipped model")
     p.add_argument("--out", help="with --image: .npz to write")
     p.add_argument("--weights", help="DINOv2's state dict or its directory (default: torch.hub's own)")
     p.add_argument("--device", default="cpu", help="for the features (default: cpu)")
