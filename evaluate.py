@@ -414,7 +414,7 @@ def evaluate(args):
         raise ValueError(f"--fake {args.fake}, --real {args.real}: expected items, of one domain")
     names, runs = choose(task, domain) if args.metrics or not args.nearest else ([], [])
     if model:
-        count = args.n or (domain == "points" and real.count) or 50_000
+        count = args.n or (not names and args.nearest) or (domain == "points" and real.count) or 50_000
         size = args.points if domain == "points" else args.res and (args.res, args.res)
         out = sample.sample(model.to(args.device), checkpoint, count, args.out, size=size, seed=args.seed,
                             tokens=args.tokens, guidance=args.guidance, solver=args.solver, dtype=args.dtype,

@@ -268,7 +268,7 @@ def smooth(grid, size, box):
 
 # ---- Samples as files: 000000.png, or .npy, .ply and a preview .png; samples.json tells the setting
 DEFAULTS = dict(evaluations=100, rtol=1e-3, atol=1e-3, diffusion="sigma", last=0.004)      # of solvers
-WISHES = dict(size=None, crop=None, seed=0, classes=(), tokens=None, guidance=None, guidance_interval=(0, 1),
+WISHES = dict(size=None, crop=None, seed=0, classes=(), tokens=None, guidance=1.0, guidance_interval=(0, 1),
               solver=None, options={}, dtype="auto", noise="white", noise_length=4.0, refine=0.0)
 GENERATED = "guidance", "guidance_interval", "noise", "noise_length", "refine"             # of `generate`
 AT_ONCE = 2 ** 20         # queries of a batch: their state and noise are some 100 MB
@@ -281,25 +281,28 @@ def resolve(cfg, checkpoint, size=None, **wishes):
     setting = WISHES | recipe | given
     if not given.keys() <= WISHES.keys():
         raise TypeError(f"{given}: expected {', '.join(WISHES)}")
+    idle = {} if setting["noise"] == "coupled" else dict.fromkeys(("noise_length", "refine"), "coupled noise")
     if not names and not setting["tokens"]:
-        if given.get("guidance", 1) != 1:
-            raise ValueError(f"--guidance {given['guidance']}: there are no classes, no --tokens to guide by")
+        idle |= dict.fromkeys(("guidance", "guidance_interval"), "classes or --tokens")
         setting["guidance"] = 1.0
+    for name in idle.keys() & {name for name in given if given[name] != WISHES[name]}:
+        raise ValueError(f"--{name.replace('_', '-')}: does nothing without {idle[name]}")
     known = DEFAULTS | dict(steps=config["sampling_steps"], path=config["path"])
     takes = [name for name in known if name in inspect.signature(SOLVERS[setting["solver"]]).parameters]
     for name in setting["options"].keys() - takes:
         raise ValueError(f"--{name}: not of solver {setting['solver']}, which takes {', '.join(takes)}")
     height, width = shape_of(cfg, setting["size"])
     x0, y0, x1, y1 = setting["crop"] or (0, 0, width, height)
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise ValueError(f"--crop {x0, y0, x1, y1}: expected x0,y0,x1,y1, x0 < x1 <= {width} "
-                         f"and y0 < y1 <= {height}")
-    if setting["noise"] == "coupled" and cfg.domain != "image":
-        raise ValueError("--noise coupled: does not apply to point clouds")
     low, high = setting["guidance_interval"]
-    if not (setting["noise_length"] > 0 and setting["refine"] >= 0 and 0 <= low <= high <= 1):
-        raise ValueError(f"--noise-length {setting['noise_length']}, --refine {setting['refine']}, "
-                         f"--guidance-interval {low} {high}: expected > 0, >= 0, 0 <= LOW <= HIGH <= 1")
+    for name, fits, expected in (
+            ("crop", 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height, f"a box within {width} x {height}"),
+            ("noise", cfg.domain == "image" or setting["noise"] == "white", "white for point clouds"),
+            ("noise_length", setting["noise_length"] >= 0.25, "0.25 or more"),
+            ("refine", setting["refine"] >= 0, "0 or more"),
+            ("guidance", 0 <= setting["guidance"] <= 1000, "0 to 1000"),
+            ("guidance_interval", 0 <= low <= high <= 1, "0 <= LOW <= HIGH <= 1")):
+        if not fits:
+            raise ValueError(f"--{name.replace('_', '-')} {setting[name]}: expected {expected}")
     setting.update(size=(height, width) if cfg.domain == "image" else height, shape=(y1 - y0, x1 - x0),
                    classes=parse_classes(setting["classes"], names),
                    options={name: known[name] for name in takes} | setting["options"])
@@ -336,13 +339,12 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     refined = cell_size(model.cfg, size, setting["noise"], setting["refine"])              # pixels
     batch = 1 if refined else batch or min(64, fits)                   # refined: each decodes its own pixels
     calls = (options.get("steps") or options["evaluations"]) * (2 if setting["solver"] == "heun" else 1)
-    print0(f"{n} samples at {tag}, step {setting['step']}, {setting['weights']} weights, {model.device}, "
-           f"to {out}")
+    print0(f"{n} samples at {tag}, step {setting['step']} ({setting['weights']}), {model.device}, to {out}")
     if todo and RANK == 0:
         seconds = len(todo) * calls * seconds_of_a_call(model, setting, tokens)
-        # refined: at least a corner and the middle of each cell are decoded
-        least = f"{2 * seconds / refined ** 2:.0f} to " if refined else ""
-        print0(f"about {least}{seconds:.0f} s: {len(todo)} x {calls} evaluations of {queries:,} queries")
+        print0(f"about {seconds:.0f} s: {len(todo)} x {calls} evaluations of {queries:,} queries")
+        if refined:                                        # at least a corner and the middle of each cell
+            print0(f"less where it is smooth, down to {2 * seconds / refined ** 2:.0f} s (--refine)")
     started = time.time()
     with progress_bar(len(todo), "sample") as bar:
         for mine in (todo[i:i + batch] for i in range(0, len(todo), batch)):
@@ -354,8 +356,8 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     wait_for_all()
     if RANK == 0:
         finish(out, record, npz)
-    print0(f"{time.time() - started:.1f} s, NFE {record['nfe']}, {setting['solver']}, "
-           f"guidance {setting['guidance']:g}")
+    print0(f"{time.time() - started:.1f} s, NFE {record['nfe']}, {setting['solver']}, guidance "
+           f"{setting['guidance']:g}")
     wait_for_all()                                              # whoever reads the record next finds it whole
     return out
 
@@ -377,13 +379,16 @@ def draw(model, setting, indices, size=None, part=None, tokens=None, **more):
 def seconds_of_a_call(model, setting, tokens):
     """Seconds per velocity evaluation of one sample, timed on a small image or cloud of another size."""
     probe = (64, 63) if model.cfg.domain == "image" else 64 * 63
-    once = setting | dict(size=probe, crop=None, solver="euler", options={"steps": 1}, refine=0.0)
+    once = setting | dict(size=probe, crop=None, solver="euler", options={"steps": 1}, refine=0.0,
+                          guidance_interval=(0, 1))
     for _ in range(2):                                                 # the first warms up
         began = time.time()
         draw(model, once, [0], tokens=tokens)
     apart = shape_of(model.cfg, setting["size"]) != shape_of(model.cfg) or setting["noise"] == "coupled"
     N, queries = model.cfg.pairs, math.prod(setting["shape"]) * apart
-    return (time.time() - began) * (N + queries) / (N + 64 * 63)
+    low, high = setting["guidance_interval"]
+    share = (1 + high - low) / 2 if setting["guidance"] != 1 else 1    # outside of the interval: half a call
+    return (time.time() - began) * share * (N + queries) / (N + 64 * 63)
 
 def begin(out, n, setting, checkpoint, kind):
     """Makes the directory; the record of its samples, and which of this process's share are missing there."""
@@ -397,7 +402,7 @@ def begin(out, n, setting, checkpoint, kind):
     if differ:
         raise ValueError(f"{out}: holds samples with another {', '.join(differ)}; give another --out")
     record = dict(setting, ckpt=str(checkpoint["path"]), n=n, nfe=old.get("nfe"), complete=False,
-                  samples=rows + old.get("samples", [])[n:],
+                  samples=rows + [row for row in old.get("samples", [])[n:] if (out / row["file"]).exists()],
                   normalisation=checkpoint["config"]["normalisation"])
     wait_for_all()
     if RANK == 0:
@@ -475,15 +480,15 @@ def checkpoints(run):
     """The checkpoint files of a run directory, newest first: ckpt.pt, then the ckpt-STEP.pt before it."""
     return [*Path(run).glob("ckpt.pt"), *sorted(Path(run).glob("ckpt-*[0-9].pt"), reverse=True)]
 
-def find_checkpoint(path=None):
+def find_checkpoint(path=None, flag="--ckpt"):
     """What --ckpt names: a file, a run directory, or a shipped model; None: the newest run, else glyphs."""
     runs = sorted(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime)
     shipped = {file.stem: file for file in WEIGHTS.glob("*.pt")}
-    if path and Path(path).exists():
+    if path and (Path(path).is_file() or checkpoints(path)):
         return Path(path)
     found = shipped.get(path) if path else runs[-1].parent if runs else shipped.get("glyphs")
     if not found:
-        raise ValueError(f"--ckpt {path}: expected a checkpoint or run directory of `python train.py`, or a "
+        raise ValueError(f"{flag} {path}: expected a checkpoint or run directory of `python train.py`, or a "
                          f"shipped model ({', '.join(sorted(shipped))})")
     if not path:
         print0(f"model: {found}")
@@ -498,7 +503,7 @@ def read_checkpoint(path, mmap=False):
                 damaged = archive.testzip()                           # torch compares no checksums of its own
             ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
             if file.stat().st_mtime_ns != written:     # replaced meanwhile; torch opens it twice
-                return read_checkpoint(path, mmap)
+                raise FileNotFoundError
             if not damaged and {"ema", "step", "config"} <= {*ckpt}:
                 return dict(ckpt, path=file)
         except FileNotFoundError:
@@ -613,8 +618,8 @@ def wait_for_all():
 
 def progress_bar(total, unit, initial=0):
     """A bar of the first process; into a file it writes every 10 s."""
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(total=total, unit=unit, initial=initial, disable=RANK > 0, mininterval=interval,
+    return tqdm(total=total, unit=unit, initial=initial, disable=RANK > 0,
+                mininterval=0.1 if sys.stderr.isatty() else 10,
                 bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]")
 
 # ---- Command line
@@ -652,27 +657,21 @@ def compile_parts(model):
     for name in ("encode", "prepare", "decode"):
         setattr(model, name, torch.compile(getattr(model, name)))
 
-def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = p.add_argument
-    flag("--ckpt", help="checkpoint file, run directory, or a shipped model: glyphs, solids, emoji, views "
-         "(default: the newest run in runs/, else glyphs)")
-    flag("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights (default: ema)")
+def add_flags(flag, n, res):
+    """The flags of sample.py that tools/poster.py has too; n, res: what is said of their defaults."""
+    flag("--ckpt", help="file, run directory, or shipped model (default: the newest run, else glyphs)")
+    flag("--weights", choices=("ema", "raw"), default="ema", help="averaged or last ones (default: ema)")
     # torchrun takes --n in its script's flags for its own --nnodes, hence the second name
-    flag("--n", "--samples", type=positive, help="number of samples (default: 16, fewer of large ones)")
+    flag("--n", "--samples", type=positive, help=f"number of samples (default: {n})")
     flag("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="names or indices, in turn")
     flag("--seed", type=natural, default=0)
-    flag("--res", help="images: side, HEIGHTxWIDTH, or 4x, times the training resolution (default: 1x)")
-    flag("--crop", type=parse_box, metavar="x0,y0,x1,y1", help="images: draw this box of the pixels alone")
-    flag("--points", type=positive, help="point clouds: number of points (default: that of training)")
-    flag("--tokens", metavar="PATH", help="condition tokens, .npz or a directory of them (tools/tokens.py)")
+    flag("--res", help=f"images: side, HEIGHTxWIDTH, or 4x, times the training resolution (default: {res})")
     flag("--guidance", type=float, help="classifier-free guidance scale; 1 is none (default: the recipe's)")
-    flag("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-         help="times with guidance, 1 being noise (default: 0 1)")
+    flag("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided times: 0 1 is all")
     flag("--noise", choices=NOISES, help="of the queries (default: the recipe's)")
     flag("--noise-length", type=float, help="images: of coupled noise, in training pixels")
-    flag("--refine", type=float, help="large images, coupled noise: velocities are interpolated where that "
-         "is off by no more (default: the recipe's); 0 decodes every pixel")
+    flag("--refine", type=float, help="coupled noise, large images: interpolate velocities where that is off "
+         "by no more; 0 decodes every pixel")
     flag("--solver", choices=SOLVERS, help="default: the recipe's")
     flag("--steps", type=positive, help="of euler, heun, sde (default: the recipe's)")
     flag("--evaluations", type=positive, help="dopri5: at most so many (default: 100)")
@@ -680,13 +679,26 @@ def parser():
     flag("--atol", type=float, help="dopri5: absolute tolerance (default: 1e-3)")
     flag("--diffusion", choices=DIFFUSIONS, help="sde: w(t) (default: sigma)")
     flag("--last", type=float, help="sde: size of the last step (default: 0.004)")
-    flag("--out", help="output directory (default: in samples/ of the run, named by the setting)")
+    flag("--out", help="output directory (default: beside the checkpoint, named by the setting)")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
+
+def wishes_of(args):
+    """What `resolve` takes besides the size."""
+    options = {name: getattr(args, name) for name in ("steps", *DEFAULTS) if getattr(args, name) is not None}
+    return {name: getattr(args, name, None) for name in WISHES.keys() - {"size"}} | dict(options=options)
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = p.add_argument
+    add_flags(flag, "16, fewer of large ones", "1x")
+    flag("--crop", type=parse_box, metavar="x0,y0,x1,y1", help="images: draw this box of the pixels alone")
+    flag("--points", type=positive, help="point clouds: number of points (default: that of training)")
+    flag("--tokens", metavar="PATH", help="condition tokens, .npz or a directory of them (tools/tokens.py)")
     flag("--npz", action="store_true", help="also samples.npz, as ADM: arr_0 uint8 (n,H,W,3), arr_1 labels")
     flag("--batch", type=positive, help="samples at a time (default: by resolution; 1 where --refine acts)")
     flag("--chunk", type=positive, help="queries decoded at a time (default: 4096 on the CPU, else 65536)")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: for many samples on a GPU")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
     return p
 
 def main(argv=None):
@@ -699,11 +711,9 @@ def main(argv=None):
     model.to(start_processes(args.device, "gloo"))
     if args.compile:
         compile_parts(model)
-    options = {name: getattr(args, name) for name in ("steps", *DEFAULTS) if getattr(args, name) is not None}
     size = parse_size(args.res or "1x", model.cfg) if image else args.points
-    wishes = {name: getattr(args, name) for name in WISHES.keys() - {"size", "options"}}
     return sample(model, checkpoint, args.n, args.out, args.batch, args.chunk, args.npz, size=size,
-                  options=options, **wishes)
+                  **wishes_of(args))
 
 if __name__ == "__main__":
     run_main(main)

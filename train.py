@@ -121,7 +121,7 @@ FLAGS = {
     "init": (None, str, "start from the averaged weights of this checkpoint or shipped model"),
     "eval_every": (None, positive, "steps between scores of 256 samples: fid, or 1nna_cd of point clouds"),
     "eval_flags": ("", str, "more flags of evaluate.py for it, as in '--features module:callable --n 1000'"),
-    "wandb": (None, str, "project of Weights & Biases to log to as well"),
+    "wandb": (None, str, "project of Weights & Biases to log to as well, by way of tensorboard"),
     "tensorboard": (False, bool, "log to the run directory for TensorBoard as well"),
     "local_rank": (None, str, argparse.SUPPRESS),
 }
@@ -157,12 +157,12 @@ def settings(argv=None):
         if stored and given.get(name, stored[name]) != stored[name]:
             raise ValueError(f"{name} {given[name]}: the run to resume has {stored[name]}")
     if "init" in given:                                    # its architecture is the default
-        old = read_checkpoint(find_checkpoint(given["init"]), mmap=True)["config"]["settings"]
+        old = read_checkpoint(find_checkpoint(given["init"], "--init"), mmap=True)["config"]["settings"]
         stored = {name: old[name] for name in ("model", *ARCHITECTURE)} | stored
     defaults = {name: default for name, (default, _, _) in FLAGS.items()}
     dataset = (defaults | stored | given)["dataset"]
     recipe, cpu = RECIPES[dataset], given.get("device") == "cpu" or not torch.cuda.is_available()
-    if dataset in ON_CPU and cpu and not stored and "model" not in given:
+    if dataset in ON_CPU and cpu and not ckpt and "model" not in given:
         print0(f"no CUDA device: the small recipe for {dataset}; --model {recipe['model']} gives the paper's")
         recipe = ON_CPU[dataset]
     args = argparse.Namespace(**defaults | recipe | stored | given | dict(dataset=dataset, out=str(out)))
@@ -280,8 +280,8 @@ def main(argv=None):
         bar.update()
 
         # also before a save: a resumed run would lose what was not logged
-        log_due = step % args.log_every == 0 or step % args.save_every == 0 or step == args.steps
-        if log_due or signals and WORLD == 1:
+        logged_every = args.log_every, args.save_every, args.eval_every or args.steps, args.steps
+        if any(step % every == 0 for every in logged_every) or signals and WORLD == 1:
             sums[3:] += torch.tensor([len(signals), len(left_out or ())], device=device)
             if WORLD > 1:
                 dist.all_reduce(sums)                      # processes see a signal at different steps
@@ -317,7 +317,7 @@ def build(args, given):
         raise ValueError(f"--{name}: does not apply to --dataset {args.dataset}")
     dataset, domain = data.load(args.loader, args.data, **options), config(args.model).domain
     if dataset.domain != domain:
-        raise ValueError(f"--model {args.model}: it is for {domain}, the data set for {dataset.domain}")
+        raise ValueError(f"model {args.model} is for {domain}, the data set for {dataset.domain}")
     if args.labels and not dataset.class_names:
         raise ValueError(f"--data {args.data}: found no classes; expected a directory for each; "
                          "--no-labels trains without")
@@ -370,7 +370,9 @@ def start(args, cfg, ckpt, dataset, device):
 def initialise(model, path, class_names):
     """Averaged weights of any checkpoint; embeddings of other classes are new, as large as its own were."""
     ckpt = read_checkpoint(find_checkpoint(path))
-    old, state = ckpt["config"]["class_names"], ckpt["ema"]
+    old, state, res = ckpt["config"]["class_names"], ckpt["ema"], ckpt["config"]["model"]["res"]
+    if model.cfg.domain == "image" and res != model.cfg.res:
+        print0(f"warning: --init {path}: of {res} pixels; at --res {model.cfg.res} places look new to it")
     if old != class_names:
         print0(f"--init {path}: {len(class_names)} classes are new, its {len(old)} are left out")
         table, own = state.pop("classes.weight", None), model.classes and model.classes.weight
@@ -495,7 +497,7 @@ class RunDirectory:
                     import wandb
                     wandb.init(project=args.wandb, name=self.out.name, id=run["wandb"], resume="allow",
                                dir=self.out, config=run, sync_tensorboard=True)
-                self.board = SummaryWriter(self.out)
+                self.board = SummaryWriter(self.out, purge_step=ckpt and ckpt["step"] + 1)
 
     def log(self, record, device):
         """Adds a line to log.jsonl, where `skipped` counts from the start of the run."""
@@ -504,8 +506,7 @@ class RunDirectory:
         elif device.type == "cuda":
             record["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
         if record["skipped"]:
-            print0(f"warning: {record['skipped']} steps up to {record['step']} were not finite and were "
-                   "skipped")
+            print0(f"warning: {record['skipped']} non-finite steps up to {record['step']} were skipped")
         record["skipped"] += next((r["skipped"] for r in reversed(self.records) if "skipped" in r), 0)
         attempt(self.add, record)
 
@@ -549,9 +550,9 @@ class RunDirectory:
         alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         with tempfile.TemporaryDirectory() as work:
             flags |= dict(fake=self.out / "ckpt.pt", out=f"{work}/samples", json=f"{work}/scores.json")
-            words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-            words += shlex.split(args.eval_flags)
-            done = subprocess.run(program + words, env=alone, capture_output=True, text=True)
+            program += [f"--{name}={value}" for name, value in flags.items() if value is not None]
+            program += shlex.split(args.eval_flags)
+            done = subprocess.run(program, env=alone, capture_output=True, text=True)
             if done.returncode:
                 raise OSError("--eval-every: " + done.stderr.strip().rpartition("\n")[2])
             scores = json.loads(Path(flags["json"]).read_text())["metrics"]

@@ -29,18 +29,20 @@ def small_set(tmp_path):
 
 def test_a_poster_has_the_pixels_of_sample_py(glyphs_run, tmp_path):
     """In bands, continued after an interruption, and streamed into one PNG."""
-    words = ["--ckpt", str(glyphs_run), "--res", "96x80", "--steps", "2", "--device", "cpu", "--out"]
+    words = ["--ckpt", str(glyphs_run), "--res", "256x272", "--steps", "2", "--device", "cpu",
+             *"--noise coupled --solver sde --refine 0.3 --out".split()]
     sample.main([*words, str(tmp_path / "whole"), "--n", "1"])
     model, checkpoint = sample.load(glyphs_run)
-    setting = sample.resolve(model.cfg, checkpoint, (96, 80), options=dict(steps=2))
+    setting = sample.resolve(model.cfg, checkpoint, (256, 272), noise="coupled", solver="sde", refine=0.3,
+                             options=dict(steps=2))
     path = tmp_path / "poster.png"
     (tmp_path / "poster.png.parts").mkdir()
-    poster.poster(model, setting, 0, path, rows=20)
+    poster.poster(model, setting, 0, path, rows=100)
     a, b = (np.asarray(Image.open(p)).astype(int) for p in (path, tmp_path / "whole" / "000000.png"))
-    assert a.shape == (96, 80, 3) and abs(a - b).max() <= 1 and not (tmp_path / "poster.png.parts").exists()
+    assert a.shape == (256, 272, 3) and abs(a - b).max() <= 1 and not (tmp_path / "poster.png.parts").exists()
     poster.main([*words, str(tmp_path / "zoom"), "--zoom", "0.5,0.5"])
     (sheet,) = (tmp_path / "zoom").glob("*.png")
-    assert Image.open(sheet).size[0] > 4 * 80
+    assert Image.open(sheet).size[0] > 4 * 272
 
 def test_the_plan_needs_neither_data_nor_gpu(capsys, tmp_path, monkeypatch):
     """If it asked for them, or GFLOP of a training image were others."""

@@ -79,6 +79,7 @@ def test_readme_commands_name_files_and_flags_that_exist(words):
             importlib.import_module(source.stem).parser().parse_args(given)
         elif source.suffix == ".py":
             known = {str(node.value) for node in ast.walk(tree(source)) if isinstance(node, ast.Constant)}
-            if calls(source, "p.parse_known_args"):                      # the rest are flags of train.py
-                known |= set(importlib.import_module("train").parser()._option_string_actions)
+            for call, name in (("p.parse_known_args", "train"), ("sample.add_flags", "sample")):
+                if calls(source, call):                                  # the others are flags of that file
+                    known |= set(importlib.import_module(name).parser()._option_string_actions)
             assert {word.split("=")[0] for word in given if word.startswith("--")} <= known

@@ -15,8 +15,6 @@ import model as asft
 import sample
 from conftest import ROOT, TORCHRUN, Bomb, checkpoint, python, refused
 
-# ---- Solvers ----
-
 def linear(rate):
     """dx/dt = rate x: x(0) = x(1) exp(-rate)."""
     def velocity(x, t):
@@ -75,8 +73,6 @@ def test_sde_draws_the_data_distribution(path, diffusion):
     x = sample.sde(velocity, noise[200], 200, noise.__getitem__, asft.PATHS[path],
                    sample.DIFFUSIONS[diffusion])
     assert abs(x.mean() - 1) < 0.03 and abs(x.std() - 0.5) < 0.04
-
-# ---- Samples, however the work is cut ----
 
 def small(domain="image", **changes):
     """A model with random weights everywhere, so that nothing is zero."""
@@ -233,8 +229,6 @@ def test_every_step_of_the_sde_has_noise_of_its_own(monkeypatch):
     sample.generate(small(), [3], 1, solver="sde", steps=4)
     assert keys == [("context", 1, step, [3]) for step in range(4)]
 
-# ---- The command line and its files ----
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("runs") / "image", small(n_classes=3))
@@ -267,6 +261,9 @@ def test_files_record_and_rerun(run, tmp_path, capsys):
     main(run, "--n", 6, "--out", out, "--class", "c2", "0", "--seed", 3, "--batch", 5)
     after = {p.name: p.stat().st_mtime_ns for p in out.glob("0*.png")}
     assert len(after) == 6 and [n for n in before if after[n] != before[n]] == ["000001.png"]
+    (out / "000005.png").unlink()
+    main(run, "--n", 2, "--out", out, "--class", "c2", "0", "--seed", 3)
+    assert len(json.loads((out / "samples.json").read_text())["samples"]) == 5
     refused("another seed", call=lambda: main(run, "--n", 5, "--out", out, "--class", "c2", "0", "--seed", 4))
     assert "NFE 2" in capsys.readouterr().out
 
@@ -279,7 +276,7 @@ def test_default_directory_is_named_by_the_setting(run, capsys):
 
 def test_two_processes_and_a_crop_give_the_pixels_of_one(run, tmp_path):
     """If processes drew other samples than one, a crop another part, or sizes were read otherwise."""
-    words = ["--samples", 3, "--steps", 2, "--out"]
+    words = ["--samples", 3, *"--steps 2 --solver sde --noise coupled --noise-length 8 --out".split()]
     main(run, "--res", "2x", *words, tmp_path / "one")
     main(run, "--res", 64, "--crop", "10,20,50,31", *words, tmp_path / "crop")
     words = ["--ckpt", run, "--device", "cpu", "--res", "64x64", *words, tmp_path / "two"]
@@ -311,6 +308,7 @@ def test_tokens(tmp_path):
 
 WRONG = {"--res 0": "--res", "--res 3y": "--res", "--crop 1,2,3": "crop", "--crop 0,0,33,9": "crop",
          "--points 9": "--points", "--class zebra": "zebra", "--rtol 1e-3": "--rtol",
+         "--refine 1": "coupled noise", "--guidance-interval 1 0": "interval", "--guidance nan": "nan",
          "--device abacus": "--device", "--res 8192": "poster", "--tokens x": "okens",
          "--solver dopri5 --evaluations 3": "evaluations", "--solver dopri5 --steps 3": "--steps"}
 
@@ -322,7 +320,7 @@ def test_wrong_input_is_named(run, tmp_path, words, capsys):
     assert WRONG[words] in str(caught.value) + capsys.readouterr().err
     assert not list(tmp_path.glob("out/0*"))
 
-@pytest.mark.parametrize("words", ["--guidance 2", "--res 64"])
+@pytest.mark.parametrize("words", ["--guidance 2", "--res 64", "--guidance-interval 0 0.5"])
 def test_what_a_model_of_points_without_classes_refuses(points_run, tmp_path, words):
     """If guidance without anything to guide by, or a size of images, were ignored."""
     refused(words.split()[0], call=lambda: main(points_run, *words.split(), "--out", tmp_path / "x"))
@@ -332,8 +330,6 @@ def test_samples_that_are_not_finite_are_refused(tmp_path):
     net.head.bias.data.fill_(math.nan)
     run = checkpoint(tmp_path / "run", net)
     refused("non-finite", call=lambda: main(run, "--n", 1, "--out", tmp_path / "out"))
-
-# ---- Checkpoints ----
 
 @pytest.mark.usefixtures("nothing_goes_off")
 @pytest.mark.parametrize("damage", ["bomb", "truncated", "bit", "text", "foreign", "keys"])

@@ -89,26 +89,16 @@ def place(text):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", help="as for sample.py (default: the newest run, else glyphs)")
-    p.add_argument("--res", default="4096", help="side, HEIGHTxWIDTH, or 4x (default: 4096)")
+    sample.add_flags(p.add_argument, "1", "4096")
     p.add_argument("--zoom", type=place, metavar="x,y", help="four views towards this place instead")
-    p.add_argument("--n", "--samples", type=sample.positive, default=1, help="number of images (default: 1)")
-    p.add_argument("--class", dest="classes", nargs="+", default=[], help="names or indices, taken in turn")
-    p.add_argument("--seed", type=sample.natural, default=0)
-    p.add_argument("--guidance", type=float, help="default: the recipe's")
-    p.add_argument("--solver", choices=sample.SOLVERS, help="default: the recipe's")
-    p.add_argument("--steps", type=sample.positive, help="default: the recipe's")
-    p.add_argument("--out", help="directory (default: posters/ in the run)")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    p.set_defaults(n=1, res="4096")
     args = p.parse_args(argv)
-    model, checkpoint = sample.load(args.ckpt)
+    model, checkpoint = sample.load(args.ckpt, args.weights)
     if model.cfg.domain != "image":
         raise ValueError(f"{checkpoint['path']}: draws point clouds; expected a model of images")
     model.to(sample.start_processes(args.device, "gloo"))
-    size, options = sample.parse_size(args.res, model.cfg), {"steps": args.steps} if args.steps else {}
-    setting = sample.resolve(model.cfg, checkpoint, size=size, seed=args.seed, classes=args.classes,
-                             guidance=args.guidance, solver=args.solver, options=options, dtype=args.dtype)
+    size = sample.parse_size(args.res, model.cfg)
+    setting = sample.resolve(model.cfg, checkpoint, size=size, **sample.wishes_of(args))
     out = Path(args.out or checkpoint["home"].parent / "posters")
     out.mkdir(parents=True, exist_ok=True)
     kind = "zoom" if args.zoom else "poster"
