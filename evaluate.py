@@ -36,7 +36,6 @@ from metrics.precision_recall import density_coverage, precision_recall
 from sample import RANK, WORLD, natural, positive, print0, wait_for_all, write_atomic, write_json
 
 # ---- Scores ---------------------------------------------------------------------------------------------
-
 class Task:
     """What scores see. Of features: moments {(side, feature): frechet.Moments} and rows {(side, feature):
     (S,d)}, side "fake" or "real". The protocol goes into the JSON."""
@@ -157,7 +156,6 @@ METRICS = {
 }
 
 # ---- Sets: what --fake and --real may be ---------------------------------------------------------------
-
 FOLDERS = {"ffhq256": 256, "church256": 256, "imagenet128": 128, "imagenet256": 256}     # name: resolution
 
 @dataclass
@@ -270,7 +268,6 @@ def stack(items):
     return np.stack(rows)
 
 # ---- Features: every item once, shared out over the processes ------------------------------------------
-
 STREAMS = {"inception": inception, "clip": clip, "dinov2": dinov2}
 
 def stream(network, args, path):
@@ -338,7 +335,6 @@ def extract(task, side, names, runs):
     task.protocol |= {f"{side}_sha256": items.sha256 or digest, f"{side}_size": shape}
 
 # ---- Commands ------------------------------------------------------------------------------------------
-
 def choose(task, domain):
     """The metrics to compute, and the streams of their features. Of `all` and of the default what cannot be
     computed is left out; asked for by name it is an error."""
@@ -535,7 +531,6 @@ def stats(args):
     print0(f"{args.out}: {', '.join(names)} of {real.count} images {task.protocol['real_size']}")
 
 # ---- Flags ---------------------------------------------------------------------------------------------
-
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument

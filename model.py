@@ -25,7 +25,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # ---- Configuration and presets --------------------------------------------------------------------------
-
 @dataclass
 class Config:
     domain: str = "image"          # "image" or "points"
@@ -91,7 +90,6 @@ def config(preset, **changes):
     return cfg
 
 # ---- Flow matching: the path between data and noise, and the loss ---------------------------------------
-
 def linear_path(t):
     """Rectified flow: xt = (1-t) x0 + t eps."""
     return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
@@ -124,7 +122,6 @@ def cicfm_loss(model, coords, x0, eps, t, query, path="linear", label=None, toke
     return F.mse_loss(v.float(), target)
 
 # ---- The model ------------------------------------------------------------------------------------------
-
 class ASFT(nn.Module):
     """Velocity network. A sampler calls `encode` and `prepare` once a step, `decode` once a chunk of queries.
     The batch B of t, label, tokens and drop may be a multiple of that of values, b (guidance)."""
@@ -259,7 +256,6 @@ class ASFT(nn.Module):
         return c
 
 # ---- Encoders: forward(coords, values) -> latents (b, L, D), context (b, N, D) or None ------------------
-
 class SpatialEncoder(nn.Module):
     """Spatial-aware encoder (Sec. 3.4): latent l, on a sqrt(L) x sqrt(L) grid, reads its own p x p window."""
     def __init__(self, cfg):
@@ -374,7 +370,6 @@ class WindowAttention(nn.Module):
         return self.mlp(self.norm(x + self.v.bias))                                      # (b, L, D)
 
 # ---- Blocks and embeddings ------------------------------------------------------------------------------
-
 class Attention(nn.Module):
     """Multi-head attention with QK-norm (RMSNorm per head), to keys and values that are computed once."""
     def __init__(self, cfg):
@@ -487,7 +482,6 @@ def repeat_to(x, B):
     return x if len(x) == B else x.expand(B // len(x), *x.shape).flatten(0, 1)           # no copy of b = 1
 
 # ---- Coordinates ----------------------------------------------------------------------------------------
-
 def image_coords(height, width=None, device=None, box=None):
     """Pixel centres in row-major order: (height*width, 2) float32, or those in a box (x0, y0, x1, y1).
     With corners in their place the image would shift with the resolution."""
@@ -530,7 +524,6 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 # ---- python model.py: the presets in numbers ------------------------------------------------------------
-
 PAPER_MILLIONS = {"S": 35, "B": 138, "L": 458, "XL": 733, "point-B": 108, "point-L": 204}    # Tabs. 5, 6
 DECODED = {"tiny": 256, "point-tiny": 512, "point-B": 2048, "point-L": 2048, "point-objaverse": 16384}
 

@@ -36,7 +36,6 @@ from sample import (RANK, SOLVERS, WORLD, autocast, check_compiler, checkpoints,
                     write_png)
 
 # ---- Recipes: every value is a default that a flag of the same name overrides ------------------------------
-
 PAPER = dict(lr=1e-4, warmup=0, schedule="constant", ema=0.999, clip=2.0, drop=0.1, path="linear",
              times="uniform", beta2=0.999, flip=False, solver="euler", sampling_steps=100, guidance=1.0,
              noise="white", noise_length=4.0, refine=0.0)                            # the paper's App. A
@@ -68,7 +67,6 @@ ON_CPU = {"shapenet": dict(SMALL_POINTS, loader="shapenet"),                    
 SCHEDULES = {"constant": lambda done: 1.0, "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done)}
 
 # ---- Flags: name -> default (None: the recipe's or preset's), type or choices, help -----------------------
-
 FLAGS = {
     "dataset": ("glyphs", RECIPES, "recipe and data set"),
     "data": (None, str, "folder, packed directory or file of the data set; glyphs and solids need none"),
@@ -172,7 +170,6 @@ def settings(argv=None):
     return args, given, ckpt
 
 # ---- One step ---------------------------------------------------------------------------------------------
-
 def random_inputs(seed, step, places, N, M, drop, device):
     """What the loss needs besides data, each a function of (seed, step, place in the batch): uniforms (B,),
     noise (B, N, 3), condition drop (B,) bool, decoded pairs (B, M) int64."""
@@ -218,7 +215,6 @@ def learning_rate(args, step):
     return args.lr * warmup * SCHEDULES[args.schedule](min(1.0, step / args.steps))
 
 # ---- The loop ---------------------------------------------------------------------------------------------
-
 def main(argv=None):
     args, given, ckpt = settings(argv)
     device = start_processes(args.device)
@@ -307,7 +303,6 @@ def main(argv=None):
     print0(f"{stop or 'done'} at step {step}; draw samples with: python sample.py --ckpt {args.out}")
 
 # ---- Set-up -----------------------------------------------------------------------------------------------
-
 def build(args, given):
     """Data set and model configuration. Raises ValueError for flags that do not fit them."""
     options = {name: getattr(args, name) for name in ("res", "points", "category", "flip", "labels")}
@@ -448,7 +443,6 @@ def cpu_dtype():
     return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
 # ---- Run directory ----------------------------------------------------------------------------------------
-
 def attempt(write, *args, last=False):
     """write(*args). A full or missing disk is a warning, and an error only where the last step is lost."""
     try:

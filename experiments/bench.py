@@ -242,8 +242,7 @@ SECTIONS = {"step": step, "guided": guided, "decode": decode, "data": folder, "m
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("section", nargs="*", choices=[[], *SECTIONS],
-                   help=f"of {', '.join(SECTIONS)} (default: all)")
+    p.add_argument("section", nargs="*", choices=[[], *SECTIONS], help=f"default: all, {', '.join(SECTIONS)}")
     sample.start_processes("cpu")
     for name in p.parse_args().section or SECTIONS:
         print(f"{name}: {SECTIONS[name].__doc__}", flush=True)

@@ -39,7 +39,6 @@ from metrics.precision_recall import precision_recall
 from metrics.weights import sha256
 
 # ---- What is tried: arms, flags of train.py and perhaps a change of the code that is no flag of it --------
-
 def changed(arm):
     """A context in which the project's code is without the part that an arm does without."""
     average, start = train.update_ema, asft.ASFT.init_weights
@@ -113,7 +112,6 @@ SAMPLING = [*((1.0, "euler", steps) for steps in (5, 10, 25, 50)),
             *((1.0, "sde", steps) for steps in (25, 100))]            # guidance, solver, steps
 
 # ---- Pictures: the set, split, and the classifier whose features all arms are scored by -------------------
-
 class Pictures:
     solver, steps_drawn = "euler", 25
 
@@ -219,7 +217,6 @@ def patches(pictures, side=8):
         yield x.transpose(1, 2).flatten(0, 1)
 
 # ---- Clouds: the set, and its held-out shapes ------------------------------------------------------------
-
 class Clouds:
     solver, steps_drawn = "sde", 250
 
@@ -259,7 +256,6 @@ class Clouds:
         return [sample.draw_points(cloud, 160) for cloud in found[:8]]
 
 # ---- One arm ----------------------------------------------------------------------------------------------
-
 def trained(task, arm, seed):
     """The run directory of an arm, trained to its end."""
     name = arm.replace("/", "_").replace(" ", "-")
@@ -305,7 +301,6 @@ def loss(run):
     return statistics.mean(rows[-max(1, len(rows) // 10):])
 
 # ---- The claims: each yields an arm, the figures of one seed, what they were taken of, and facts ----------
-
 def compare(task, args):
     """Trains, samples and scores the arms of a claim."""
     fitting = [arm for arm in COMPARED[args.name][1]
@@ -385,7 +380,6 @@ CLAIMS = {**{name: (Pictures, compare, steps) for name, (steps, _) in COMPARED.i
           "dense": (Clouds, dense, 6000)}                                # what of, how, default of --steps
 
 # ---- Results ----------------------------------------------------------------------------------------------
-
 COLUMNS = {"parameters": ("parameters", "{:.2f}M"), "gflop": ("forward GFLOP", "{:.3f}"),
            "training_tflop": ("training TFLOP", "{:.1f}"), "nfe": ("NFE", "{}"), "done": ("steps", "{:.0f}"),
            "fd": ("Frechet distance", "{:.3g}"), "pixels": ("pixels", "{:.3g}"),

@@ -5,6 +5,7 @@ letters, emoji: samples 0 to 35 at the training resolution, and emoji at 4 times
 solids: samples 0 to 6 of 512 points; dense: samples 0 to 3 of 20,000 points
 views: solids 0 to 6 of the held-out split, above the first of two views, below samples given both
 zoom: four views into a letter, each 4 times finer than the one before
+noise: letters and emoji 0 to 7 at 4 times, each with white noise above coupled noise
 
 Nothing is picked: samples are 0 to n-1 of seed 0. Writes assets/NAME.png (or --out), by default all of them.
 """
@@ -59,6 +60,10 @@ def zoom():
     model, setting = setting_of("glyphs", size=(256, 256))
     return poster.zoom(model, setting, 0, (0.668, 0.4))
 
+def noise(n=8, size=(128, 128)):
+    pairs = [(name, kind) for name in ("glyphs", "emoji") for kind in sample.NOISES]
+    return sample.grid_image([x for name, kind in pairs for x in drawn(name, n, size=size, noise=kind)], n)
+
 def views(n=7, size="112"):
     with tempfile.TemporaryDirectory() as work:
         render.main(["solids:val", f"{work}/views", "--n", str(n), "--size", size, "--points", "2048"])
@@ -69,7 +74,7 @@ def views(n=7, size="112"):
 
 PICTURES = {"resolutions": resolutions, "emoji": emoji, "letters": partial(sheet, "glyphs", 36, 12),
             "solids": partial(sheet, "solids", 7, 7), "dense": partial(sheet, "solids", 4, 4, size=20_000),
-            "views": views, "zoom": zoom}
+            "views": views, "zoom": zoom, "noise": noise}
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

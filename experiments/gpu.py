@@ -1,9 +1,9 @@
 """What only a GPU can show, in about ten minutes: python experiments/gpu.py [--out DIR]
 
-One line a check: what, measured, expected, ok. CPU against CUDA (draws, velocity, loss, gradient, samples);
-compiled against eager; attention; steps that never wait; speed and memory of training steps against
-tools/plan.py; sampling at 2048 pixels; distances and Inception; a killed run; two processes where there are
-two cards. Writes gpu.json, and gpu.md for docs/speed.md. Status 1 where a check failed, 2 without CUDA.
+One line a check: what, measured, expected, ok. CPU against CUDA (draws, loss, gradient, samples); compiled
+against eager; attention; steps that never wait; speed and memory of training steps against tools/plan.py;
+sampling at 2048 pixels; distances and Inception's input; a killed run; two processes where there are two
+cards. Writes gpu.json, and gpu.md for docs/speed.md. Status 1 where a check failed, 2 without CUDA.
 """
 import argparse
 import copy
@@ -163,6 +163,8 @@ def sampling(task):
     model, checkpoint = sample.load("glyphs")
     res, began = 64 if task.dry else 2048, time.time()
     setting = sample.resolve(model.cfg, checkpoint, size=(res, res))
+    if not task.dry:
+        torch.cuda.reset_peak_memory_stats()
     sample.draw(model.to(task.device), setting, [0])
     took = time.time() - began
     task.line(f"glyphs at {res} pixels", f"{took:.1f} s, {task.memory() / 1e9:.1f} GB", "under 60 s",

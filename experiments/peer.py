@@ -2,14 +2,14 @@
 
 The peer is a pixel-space patch transformer, dit/2 or dit/4 by its patch side: linear patches with a learned
 place, DiT blocks (adaLN-Zero), a linear head. Its blocks are ASFT's own, so neither has faster code, and as
-many as tiny has attentions in a row. All else is recipe npz for both, with a constant learning rate after its
-warm-up; "dit/4@5e-4" is an arm with a rate of its own.
+many as tiny has attentions in a row. All else is recipe npz for both; "linear" is ASFT with that encoder,
+"dit/4@5e-4" an arm with a rate of its own.
 
-The clock is CPU time in training steps, data included, on one thread. As it passes each of --minutes the
-averaged weights are judged: samples 0 to n-1 of seed 0, classes in turn, guidance 2, Euler 25; ASFT with its
-recipe's coupled noise, and with white noise. Four fifths of the set are trained on, scores are against the
-others; `floor`: training images. `time ratio`: minutes over those in which the first arm has that
-Frechet distance.
+The clock is CPU time in training steps, data included, on one thread. Each of --minutes is a training of its
+own, at whose end the learning rate is zero. Its averaged weights are judged: samples 0 to n-1 of seed 0,
+classes in turn, guidance 2, Euler 25; ASFT with its recipe's coupled noise, and with white noise. Four fifths
+of the set are trained on, scores are against the others; `floor`: training images. `time ratio`: minutes over
+those in which the first arm has that Frechet distance.
 
 Writes SET-ARM-seedS-N.json and .png (samples 0 to 31) to --out after each budget, then peer-SET.json and a
 table. A training that is finished is not done again, one that was interrupted is.
@@ -74,24 +74,26 @@ class DiT(nn.Module):
         return self.decode(self.encode(coords, values, *condition), query_coords, query_values)
 
 def training(task, arm, seed, minutes):
-    """Trains an arm; at each budget yields its average, train.py's settings and what is known."""
-    kind, _, rate = arm.partition("@")
-    decode = train.RECIPES["npz"]["decode"] if kind == "asft" else task.res ** 2
+    """Trains an arm for each budget; yields its average, train.py's settings and what is known."""
+    kind, _, own = arm.partition("@")
+    decode = task.res ** 2 if kind.startswith("dit") else train.RECIPES["npz"]["decode"]
     words = [*task.flags, "--decode", decode, "--seed", seed, "--schedule", "constant", "--device", "cpu",
-             "--out", task.out / "run", *(["--lr", rate] if rate else [])]
+             "--out", task.out / "run", *(["--lr", own] if own else [])]
+    words += ["--encoder", "linear", "--encoder-heads", 0] if kind == "linear" else []
     args, given, _ = train.settings([*map(str, words)])
-    dataset, cfg = train.build(args, given)
-    torch.manual_seed(seed)
-    net = asft.ASFT(cfg) if kind == "asft" else DiT(cfg, int(kind[4:]))
-    steps = training_steps(net, data.loader(dataset, seed, 0, args.batch_size, args.batch_size), args)
-    seconds, losses, facts = 0.0, [], cost(net, args.decode)
+    (dataset, cfg), highest = train.build(args, given), args.lr
     for budget in sorted(minutes):
+        torch.manual_seed(seed)
+        net = DiT(cfg, int(kind[4:])) if kind.startswith("dit") else asft.ASFT(cfg)
+        steps = training_steps(net, data.loader(dataset, seed, 0, args.batch_size, args.batch_size), args)
+        seconds, losses = 0.0, []
         while seconds < 60 * budget:
             began = time.process_time()
+            args.lr = highest * train.SCHEDULES["cosine"](seconds / (60 * budget))
             ema, loss = next(steps)
             losses.append(loss.item())
             seconds += time.process_time() - began
-        yield ema, args, dict(facts, minutes=budget, done=len(losses), cpu_seconds=seconds,
+        yield ema, args, dict(cost(net, args.decode), minutes=budget, done=len(losses), cpu_seconds=seconds,
                               loss=statistics.mean(losses[-100:]))
 
 def cost(net, decode):
