@@ -4,11 +4,9 @@ Each row times two ways of doing the same work in turn and compares their median
 here: machines differ.
 """
 import argparse
-import ctypes
 import itertools
 import os
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -77,17 +75,6 @@ class Plain(asft.ASFT):
         shift, scale = self.head_modulation(F.silu(c))[:, None].chunk(2, -1)
         return self.head(asft.modulate(torch.cat([x, value.to(x.dtype)], -1), shift, scale))
 
-def glibc(run):
-    """A function that runs another with glibc's own handling of freed memory."""
-    def default():
-        if sys.platform == "linux":
-            ctypes.CDLL(None).mallopt(-4, 65536)
-            ctypes.CDLL(None).mallopt(-1, 128 * 1024)
-        seconds = run()
-        sample.start_processes("cpu")
-        return seconds
-    return default
-
 def step():
     """Training step (forward, backward) of image B at 256 x 256, 8,192 decoded, batch 2; seconds a step."""
     ours = alive(asft.config("B", n_classes=1000))
@@ -130,9 +117,7 @@ def guided():
         cond, null = (plain(coords, x, coords, x, t, z) for z in (label, None))
         return null + 1.5 * (cond - null)
     assert (velocity(x, 0.6) - two_passes()).abs().max() < 1e-3
-    shared = timed(velocity, x, 0.6)
-    row("guided step / two full plain passes", shared, timed(two_passes), 3)
-    row("... plain passes with glibc's own memory handling", shared, glibc(timed(two_passes)), 3)
+    row("guided step / two full plain passes", timed(velocity, x, 0.6), timed(two_passes), 3)
 
 @torch.no_grad()
 def decode():

@@ -25,11 +25,13 @@ import sys
 import tempfile
 import time
 
-import torch
-from tqdm import tqdm
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from common import ROOT
-import sample
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import sample  # noqa: E402
 
 SMALL = ("--width 32 --depth 2 --heads 2 --latents 16 --batch-size 12 --decode 64 --device cpu "
          "--dtype float32 --sampling-steps 2 --sample-every 1000000").split()

@@ -49,6 +49,12 @@ def changed(arm):
             nn.init.xavier_uniform_(attention.kv.weight)
             nn.init.ones_(attention.q_norm.weight)
 
+    def heads_alike(self):
+        start(self)
+        for layer in (self.encoder.read.k, self.encoder.read.q):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(self.encoder.read.q.bias)
+
     def small_classes(self):
         start(self)
         nn.init.normal_(self.classes.weight, std=0.02)
@@ -57,7 +63,7 @@ def changed(arm):
         average(ema, model, 10 ** 9, *rest)
     if arm == "no EMA warm-up":
         return patch.object(train, "update_ema", at_once)
-    starts = {"uniform start": uniform_start, "small classes": small_classes}
+    starts = {"uniform start": uniform_start, "small classes": small_classes, "heads alike": heads_alike}
     start_of_arm = starts.get(arm.rpartition(", ")[2], start)
     return patch.object(asft.ASFT, "init_weights", start_of_arm)
 
@@ -74,7 +80,8 @@ def arms(task):
         "perceiver": perceiver, "perceiver, lr 1e-3": [*perceiver, *half],
         "encoder heads 16": ["--encoder-heads", 16], "encoder heads 64": ["--encoder-heads", 64],
         **{f"windows {p} x {p}": [*spatial, "--latents", (task.res // p) ** 2] for p in (2, 7)},
-        "preset": [], "preset, small classes": [], "no EMA warm-up": [],
+        "preset": [], "preset, small classes": [], "preset, heads alike": [], "no EMA warm-up": [],
+        "spatial, heads alike": spatial,
         **{f"decoded 1/{share}": ["--decode", pairs // share] for share in (16, 8, 2, 1)},
         "width 64": ["--width", 64], "width 256": ["--width", 256],
         "width 256, lr 1e-3": ["--width", 256, *half],
@@ -100,6 +107,7 @@ COMPARED = {          # claim -> default of --steps, arms
     "plateau": (800, ("spatial", "spatial, uniform start", "encoder heads 16",
                       "encoder heads 16, uniform start", "linear", "linear, uniform start")),
     "classes": (2000, ("preset", "preset, small classes")),
+    "heads": (800, ("preset", "preset, heads alike", "spatial", "spatial, heads alike", "linear")),
     "switches": (2000, ("encoder heads 16", "2 levels", "RoPE", "uniform t", "no QK-norm")),
     "ours": (2000, ("spatial", "encoder heads 16", "encoder heads 64", "windows 2 x 2", "windows 7 x 7")),
     "defaults": (1000, ("preset", "lr 1e-3", "lr 4e-3", "constant lr", "no EMA warm-up")),       # on CPUs

@@ -48,8 +48,7 @@ def main(run, prepared, views, out):
               for i in [k for k, name in enumerate(kinds) if name == kind][:2]]
     seen = [Image.open(f"{views / files[i].relative_to(prepared).with_suffix('')}-0.png") for i in chosen]
     tiles = [np.asarray(view.convert("RGB").resize((160, 160), Image.Resampling.LANCZOS)) for view in seen]
-    tiles += [sample.draw_points(stored[i][:2048], 160) for i in chosen]
-    tiles += [sample.draw_points(found[i], 160) for i in chosen]
+    tiles += [sample.draw_points(cloud[i][:2048], 160) for cloud in (stored, found) for i in chosen]
     sample.grid_image(tiles, len(chosen)).save(out)
 
 if __name__ == "__main__":

@@ -122,10 +122,11 @@ def test_classes_are_those_of_the_data_and_remain(tmp_path, capsys):
     trained(out, *flags, "--steps", 4, "--resume", "auto")
     assert "warning: 5 items, 6 before" in capsys.readouterr().out
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
+@pytest.fixture(scope="module", params=["glyphs", "solids --points 64"])
+def base(request, tmp_path_factory):
     """A checkpoint of step 1 where every gradient is alive: the zeros that a model starts with are random."""
-    out = trained(tmp_path_factory.mktemp("base") / "run", "--steps", 1, "--schedule", "constant")
+    name, *flags = request.param.split()
+    out = trained(tmp_path_factory.mktemp(name) / "run", "--steps", 1, "--dataset", name, *flags)
     state, g = ckpt(out), torch.Generator().manual_seed(0)
     for name, p in state["model"].items():
         if not p.any():
@@ -168,7 +169,9 @@ def agrees(out, alone):
         a, b = got[key]["exp_avg"], expected[key]["exp_avg"]
         assert b.any() and torch.allclose(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item()), key
     np.testing.assert_allclose(losses(out), losses(alone), rtol=2e-4)
-    assert [r["step"] for r in log(out)] == [2, 3, 4] and (out / "samples-0000003.png").exists()
+    assert [r["step"] for r in log(out)] == [2, 3, 4]
+    sheet, other = (np.asarray(Image.open(path / "samples-0000003.png")).astype(int) for path in (out, alone))
+    assert (abs(sheet - other) > 3).mean() < 0.01                              # drawn by one process, or shared
     state = ckpt(out)
     keys = asft.ASFT(asft.Config(**state["config"]["model"])).state_dict().keys()
     assert state["model"].keys() == state["ema"].keys() == keys                # no prefix of a wrapper
@@ -183,7 +186,7 @@ def test_two_processes_compiled(alone, base, tmp_path):
     out, launch = tmp_path / "run", tmp_path / "launch.py"
     launch.write_text(LAUNCH)
     said, _ = python(*TORCHRUN, launch, ROOT, *TINY, *CONTINUE, "--resume", base, "--out", out, "--compile",
-                     "--accumulate", 2, "--grad-checkpoint")
+                     "--accumulate", 2, *(["--grad-checkpoint"] if "glyphs" in str(base) else []))
     assert said.count("resumed at step 1") == 1 and "2 micro-batches" not in said
     averages = [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert same(*averages) and same(averages[0], agrees(out, alone)["ema"])
