@@ -171,14 +171,6 @@ class ASFT(nn.Module):
             attention.kv.weight.data[:self.cfg.width] = attention.q.weight.data
             if self.cfg.qk_norm:
                 nn.init.constant_(attention.q_norm.weight, 2.0)
-        if isinstance(self.encoder, SpatialEncoder):
-            # each head starts at a part of the window of its own, so that together they read it all (ours)
-            read, (n, D), H = self.encoder.read, self.encoder.inside.shape, self.encoder.read.heads
-            side, rows = math.isqrt(n), max(k for k in range(1, H + 1) if H % k == 0 and k * k <= H)
-            parts = F.adaptive_avg_pool2d(self.encoder.inside.T.view(D, side, side), (rows, H // rows))
-            nn.init.zeros_(read.q.weight)
-            read.q.bias.data.view(H, -1)[:, 0] = 10 * (D // H) ** 0.5
-            read.k.weight.data.view(H, -1, D)[:, 0] = parts.flatten(1).T * (2 / D)
         modulations = [block.modulation for block in (*self.trunk, *self.decoder)]
         for layer in (*modulations, self.head_modulation, self.head):
             nn.init.zeros_(layer.weight)

@@ -17,6 +17,7 @@ printed, results/NAME-SET-STEPS.json there, and .png: the first samples, a row f
 """
 import argparse
 import json
+import math
 import statistics
 from functools import reduce
 from pathlib import Path
@@ -49,11 +50,14 @@ def changed(arm):
             nn.init.xavier_uniform_(attention.kv.weight)
             nn.init.ones_(attention.q_norm.weight)
 
-    def heads_alike(self):
+    def heads_apart(self):
         start(self)
-        for layer in (self.encoder.read.k, self.encoder.read.q):
-            nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(self.encoder.read.q.bias)
+        read, (n, D), H = self.encoder.read, self.encoder.inside.shape, self.encoder.read.heads
+        side, rows = math.isqrt(n), max(k for k in range(1, H + 1) if H % k == 0 and k * k <= H)
+        parts = F.adaptive_avg_pool2d(self.encoder.inside.T.view(D, side, side), (rows, H // rows))
+        nn.init.zeros_(read.q.weight)
+        read.q.bias.data.view(H, -1)[:, 0] = 10 * (D // H) ** 0.5
+        read.k.weight.data.view(H, -1, D)[:, 0] = parts.flatten(1).T * (2 / D)
 
     def small_classes(self):
         start(self)
@@ -63,7 +67,7 @@ def changed(arm):
         average(ema, model, 10 ** 9, *rest)
     if arm == "no EMA warm-up":
         return patch.object(train, "update_ema", at_once)
-    starts = {"uniform start": uniform_start, "small classes": small_classes, "heads alike": heads_alike}
+    starts = {"uniform start": uniform_start, "small classes": small_classes, "heads apart": heads_apart}
     start_of_arm = starts.get(arm.rpartition(", ")[2], start)
     return patch.object(asft.ASFT, "init_weights", start_of_arm)
 
@@ -80,8 +84,7 @@ def arms(task):
         "perceiver": perceiver, "perceiver, lr 1e-3": [*perceiver, *half],
         "encoder heads 16": ["--encoder-heads", 16], "encoder heads 64": ["--encoder-heads", 64],
         **{f"windows {p} x {p}": [*spatial, "--latents", (task.res // p) ** 2] for p in (2, 7)},
-        "preset": [], "preset, small classes": [], "preset, heads alike": [], "no EMA warm-up": [],
-        "spatial, heads alike": spatial,
+        "preset": [], "preset, small classes": [], "preset, heads apart": [], "no EMA warm-up": [],
         **{f"decoded 1/{share}": ["--decode", pairs // share] for share in (16, 8, 2, 1)},
         "width 64": ["--width", 64], "width 256": ["--width", 256],
         "width 256, lr 1e-3": ["--width", 256, *half],
@@ -107,7 +110,7 @@ COMPARED = {          # claim -> default of --steps, arms
     "plateau": (800, ("spatial", "spatial, uniform start", "encoder heads 16",
                       "encoder heads 16, uniform start", "linear", "linear, uniform start")),
     "classes": (2000, ("preset", "preset, small classes")),
-    "heads": (800, ("preset", "preset, heads alike", "spatial", "spatial, heads alike", "linear")),
+    "heads": (1000, ("preset", "preset, heads apart", "linear")),
     "switches": (2000, ("encoder heads 16", "2 levels", "RoPE", "uniform t", "no QK-norm")),
     "ours": (2000, ("spatial", "encoder heads 16", "encoder heads 64", "windows 2 x 2", "windows 7 x 7")),
     "defaults": (1000, ("preset", "lr 1e-3", "lr 4e-3", "constant lr", "no EMA warm-up")),       # on CPUs
