@@ -41,7 +41,7 @@ from metrics.weights import sha256
 
 # ---- What is tried: arms, flags of train.py and perhaps a change of the code that is no flag of it --------
 def changed(arm):
-    """A context in which the project's code is without the part that an arm does without."""
+    """A context in which the project's code is as an arm has it."""
     average, start = train.update_ema, asft.ASFT.init_weights
 
     def uniform_start(self):
