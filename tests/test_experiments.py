@@ -1,6 +1,8 @@
 """tools/poster.py and tools/plan.py, and that every script of experiments/ starts."""
 import importlib
 import json
+import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 import model as asft
 import sample
 import train
-from conftest import ROOT, python, refused
+from conftest import ROOT, refused
 from tools import plan, poster
 
 @pytest.fixture
@@ -74,9 +76,12 @@ def test_the_plan_is_what_a_real_step_holds(again, monkeypatch):
 NAMES = "bench", "chaos", "claims", "gallery", "glyph_report", "gpu", "noise", "peer", "upscale"
 
 @pytest.mark.parametrize("name", NAMES)
-def test_experiments_start(name):
+def test_experiments_start(name, capsys, monkeypatch, experiment):
     """If a script did not start, or its help did not say how it is called."""
-    assert f"experiments/{name}.py" in python(ROOT / "experiments" / f"{name}.py", "--help")[0]
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "experiments" / f"{name}.py"), run_name="__main__")
+    assert f"experiments/{name}.py" in capsys.readouterr().out
 
 def test_the_checks_for_a_gpu_run_on_the_cpu(tmp_path, monkeypatch, experiment):
     """If experiments/gpu.py failed on the CPU (but for the killed run, see chaos.py), or asked for no GPU."""
