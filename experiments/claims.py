@@ -90,12 +90,13 @@ def arms(task):
         "width 256, lr 1e-3": ["--width", 256, *half],
         "2 levels": ["--levels", 2], "RoPE": ["--rope"],
         "uniform t": ["--times", "uniform"], "no QK-norm": ["--no-qk-norm"],
+        "S": ["--model", "S", "--lr", 1e-4, "--schedule", "constant"],                   # as the paper's
         "lr 1e-3": half, "lr 4e-3": ["--lr", 4e-3], "constant lr": ["--schedule", "constant"],
     }
     for share in (16, 1):
         steps = round(task.steps * flops(task.res, pairs // 4) / flops(task.res, pairs // share))
         found[f"decoded 1/{share}, FLOPs of 1/4"] = [*found[f"decoded 1/{share}"], "--steps", steps]
-    return found | {f"{arm}, uniform start": found[arm] for arm in ("spatial", "encoder heads 16", "linear")}
+    return found | {f"{arm}, uniform start": found[arm] for arm in ("spatial", "encoder heads 16", "linear", "S")}
 
 def flops(res, decode):
     """Forward FLOPs of a training picture under preset tiny."""
@@ -109,6 +110,7 @@ COMPARED = {          # claim -> default of --steps, arms
     "linear": (2000, ("spatial", "linear")),                                             # App. B
     "plateau": (800, ("spatial", "spatial, uniform start", "encoder heads 16",
                       "encoder heads 16, uniform start", "linear", "linear, uniform start")),
+    "S": (300, ("S", "S, uniform start")),                                               # at 64 pixels
     "classes": (2000, ("preset", "preset, small classes")),
     "heads": (1000, ("preset", "preset, heads apart", "linear")),
     "switches": (2000, ("encoder heads 16", "2 levels", "RoPE", "uniform t", "no QK-norm")),
