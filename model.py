@@ -63,6 +63,7 @@ PRESETS = {
                             token_dim=774),
     # ours, for two CPU cores
     "tiny": dict(res=32, width=128, depth=4, heads=4, latents=64, encoder_heads=16),
+    "tiny-linear": dict(res=32, width=128, depth=4, heads=4, latents=64, encoder="linear"),
     "point-tiny": dict(POINTS, points=512, width=128, depth=3, heads=4, latents=64, first_self=1),
 }
 
@@ -525,7 +526,6 @@ def rotate(x, rope):
 
 # ---- python model.py: the presets in numbers ------------------------------------------------------------
 PAPER_MILLIONS = {"S": 35, "B": 138, "L": 458, "XL": 733, "point-B": 108, "point-L": 204}    # Tabs. 5, 6
-DECODED = {"tiny": 256, "point-tiny": 512, "point-B": 2048, "point-L": 2048, "point-objaverse": 16384}
 
 def forward_flops(cfg, decoded):
     """Floating-point operations of a training sample's forward pass, on the meta device, and parameters."""
@@ -541,9 +541,9 @@ def forward_flops(cfg, decoded):
 def main():
     print(f"{'preset':16}{'decoded':>9}{'parameters':>12}{'paper, M':>10}{'forward GFLOP':>15}")
     for name in PRESETS:
-        decoded, paper = DECODED.get(name, 8192), PAPER_MILLIONS.get(name, "-")
-        classes = 1000 if config(name).domain == "image" else 0                          # as the paper counts
-        flops, parameters = forward_flops(config(name, n_classes=classes), decoded)
+        cfg, paper = config(name), PAPER_MILLIONS.get(name, "-")
+        decoded, classes = (min(8192, cfg.pairs // 4), 1000) if cfg.domain == "image" else (cfg.pairs, 0)
+        flops, parameters = forward_flops(config(name, n_classes=classes), decoded)      # as the paper counts
         print(f"{name:16}{decoded:>9}{parameters / 1e6:>11.1f}M{paper:>10}{flops / 1e9:>15.2f}")
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ SMALL_POINTS = dict(SMALL, model="point-tiny", times="uniform", steps=6000, poin
 RECIPES = {
     "glyphs": dict(SMALL, loader="glyphs", res=32, steps=5000, lr=3e-3, noise_length=4.0),
     "solids": dict(SMALL_POINTS, loader="solids"),
-    "folder": dict(SMALL, loader="folder", res=32),
-    "npz": dict(SMALL, loader="npz"),
+    "folder": dict(SMALL, loader="folder", model="tiny-linear", res=32),
+    "npz": dict(SMALL, loader="npz", model="tiny-linear"),
     "imagenet128": dict(IMAGENET, res=128, decode=4096),
     "imagenet256": dict(IMAGENET, res=256, decode=8192),
     "ffhq256": dict(SCENES),

@@ -72,7 +72,7 @@ def changed(arm):
     return patch.object(asft.ASFT, "init_weights", start_of_arm)
 
 def arms(task):
-    """Flags of train.py by arm. `spatial` is the paper's form, `preset` that of the CPU recipe, which has 16
+    """Flags of train.py by arm. `spatial` is the paper's form, `preset` that of recipe glyphs, which has 16
     heads in the encoder; decoded, widths and switches are changes of it, the others of `spatial`."""
     if isinstance(task, Clouds):
         return {"preset": [], "lr 1e-3": ["--lr", 1e-3], "logit-normal t": ["--times", "logit-normal"]}
@@ -96,7 +96,8 @@ def arms(task):
     for share in (16, 1):
         steps = round(task.steps * flops(task.res, pairs // 4) / flops(task.res, pairs // share))
         found[f"decoded 1/{share}, FLOPs of 1/4"] = [*found[f"decoded 1/{share}"], "--steps", steps]
-    return found | {f"{arm}, uniform start": found[arm] for arm in ("spatial", "encoder heads 16", "linear", "S")}
+    both = "spatial", "encoder heads 16", "linear", "S"
+    return found | {f"{arm}, uniform start": found[arm] for arm in both}
 
 def flops(res, decode):
     """Forward FLOPs of a training picture under preset tiny."""
@@ -141,8 +142,8 @@ class Pictures:
         self.made = self.out / f"{self.stem}-{sha256(source)[:8]}"     # of these very pictures
         file = f"{self.made}-train.npz"
         sample.write_atomic(file, lambda f: np.savez(f, images=self.train[0], labels=self.train[1]))
-        self.flags = ["--dataset", "npz", "--data", file, "--latents", (self.res // 4) ** 2, "--decode",
-                      self.res ** 2 // 4]
+        self.flags = ["--dataset", "npz", "--data", file, "--model", "tiny",
+                      "--latents", (self.res // 4) ** 2, "--decode", self.res ** 2 // 4]
         self.judge = Judge(f"{self.made}-classifier.pt", self.train, self.test, self.classes)
         self.facts = dict(samples=self.n, classifier_accuracy=self.judge.accuracy)
         self.floor = self.judge.score(*(part[:self.n] for part in self.test))

@@ -2,7 +2,7 @@
 
 The peer is a pixel-space patch transformer, dit/2 or dit/4 by its patch side: linear patches with a learned
 place, DiT blocks (adaLN-Zero), a linear head. Its blocks are ASFT's own, so neither has faster code, and as
-many as tiny has attentions in a row. All else is recipe npz for both; "linear" is ASFT with that encoder,
+many as ASFT has attentions in a row. All else is recipe npz for both; "spatial" is ASFT with that encoder,
 "dit/4@5e-4" an arm with a rate of its own.
 
 The clock is CPU time in training steps, data included, on one thread. Each of --minutes is a training of its
@@ -79,7 +79,7 @@ def training(task, arm, seed, minutes):
     decode = task.res ** 2 if kind.startswith("dit") else train.RECIPES["npz"]["decode"]
     words = [*task.flags, "--decode", decode, "--seed", seed, "--schedule", "constant", "--device", "cpu",
              "--out", task.out / "run", *(["--lr", own] if own else [])]
-    words += ["--encoder", "linear", "--encoder-heads", 0] if kind == "linear" else []
+    words += ["--model", "tiny" if kind == "spatial" else train.RECIPES["npz"]["model"]]
     args, given, _ = train.settings([*map(str, words)])
     (dataset, cfg), highest = train.build(args, given), args.lr
     for budget in sorted(minutes):
