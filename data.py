@@ -409,8 +409,6 @@ DATASETS = {"glyphs": lambda res=32, split="train": import_module("toys").Glyphs
 
 def load(name, path=None, **options):
     """DATASETS[name] with those options that it takes; `about` tells in a line its splits and classes."""
-    if name not in DATASETS:
-        raise ValueError(f"--dataset {name}: expected one of {', '.join(DATASETS)}")
     packed = name == "folder" and path and os.path.exists(os.path.join(path, "manifest.json"))
     kind, given = Arrays if packed else DATASETS[name], dict(options, path=path)
     takes = inspect.signature(kind).parameters

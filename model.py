@@ -16,7 +16,7 @@ loss, ASFT, encoders, blocks and embeddings, coordinates. `python model.py` prin
     tokens    (B, T, token_dim) float condition tokens (image features); None stands for the null token
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -69,7 +69,7 @@ PRESETS = {
 
 def config(preset, **changes):
     """The Config of a preset with changes. Raises ValueError in one line where they do not fit together."""
-    cfg = replace(Config(), **{**PRESETS[preset], **changes})
+    cfg = Config(**PRESETS[preset] | changes)
     L, side, names = cfg.latents, math.isqrt(cfg.latents), ENCODERS[cfg.domain]
     grid, windows = cfg.encoder in ("spatial", "linear"), cfg.encoder in ("spatial", "hash")
     divides = cfg.width % (cfg.encoder_heads or cfg.heads) == 0
@@ -200,19 +200,17 @@ class ASFT(nn.Module):
         c = self.condition(t, label, drop)                                               # (B, D)
         x = repeat_to(latents, len(c))                                                   # (B, L, D)
         if self.tokens is not None:
-            if tokens is None:
-                tokens = self.null_token.expand(len(c), 1, -1)
-            elif drop is not None:
-                tokens = torch.where(drop[:, None, None], self.null_token.to(tokens.dtype), tokens)
+            null = self.null_token.expand(len(c), 1, -1)                                 # (B, 1, token_dim)
+            tokens = null if tokens is None else tokens                                  # (B, T, token_dim)
+            tokens = tokens if drop is None else torch.where(drop[:, None, None], null, tokens)
             tokens = self.tokens(tokens)                                                 # (B, T, D)
-        again = self.grad_checkpoint and self.training
         levels = []
         for i, block in enumerate(self.trunk, 1):
             kv = None
             if block.context_norm is not None:
                 kv = tuple(repeat_to(z, len(c)) for z in block.keys_values(context))     # (B, H, N, D/H) each
-            run = partial(recomputed, block) if again else block
-            x = run(x, block.modulations(c), kv, tokens, self.rope)                      # (B, L, D)
+            call = partial(recomputed, block) if self.grad_checkpoint and self.training else block
+            x = call(x, block.modulations(c), kv, tokens, self.rope)                     # (B, L, D)
             if i in self.level_ends:
                 levels.append(x)
         return levels
@@ -421,8 +419,7 @@ class Block(nn.Module):
 
     def modulations(self, c):
         """Shift, scale and gate of every layer from the condition c (B, D): 6 or 9 tensors (B, 1, D)."""
-        parts = 6 if self.token_attention is None else 9
-        return self.modulation(F.silu(c))[:, None].chunk(parts, -1)
+        return self.modulation(F.silu(c))[:, None].split(c.shape[-1], -1)
 
     def forward(self, x, modulations, kv=None, tokens=None, rope=None):
         """x (B, N, D); kv: keys and values to read, None for those of x; tokens (B, T, D)."""
@@ -479,7 +476,7 @@ def time_features(t, width=256):
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 def repeat_to(x, B):
-    """Repeats what does not see the condition for the halves of guidance: (b, ...) -> (B, ...)."""
+    """Repeats, for both halves of guidance, what does not rest on the condition: (b, ...) -> (B, ...)."""
     return x if len(x) == B else x.expand(B // len(x), *x.shape).flatten(0, 1)           # no copy of b = 1
 
 # ---- Coordinates ----------------------------------------------------------------------------------------
@@ -488,9 +485,9 @@ def image_coords(height, width=None, device=None, box=None):
     With corners in their place the image would shift with the resolution."""
     width = width or height
     x0, y0, x1, y1 = box or (0, 0, width, height)
-    y = (torch.arange(y0, y1, device=device, dtype=torch.float32) + 0.5) / height
-    x = (torch.arange(x0, x1, device=device, dtype=torch.float32) + 0.5) / width
-    return torch.stack([x.expand(len(y), len(x)), y[:, None].expand(len(y), len(x))], -1).reshape(-1, 2)
+    x = (torch.arange(x0, x1, device=device) + 0.5) / width
+    y = (torch.arange(y0, y1, device=device) + 0.5) / height
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
 
 def image_freqs(res, width):
     """Angular frequencies (D/4,). The top one is below the Nyquist limit pi res of the training grid, so that

@@ -51,24 +51,24 @@ DP_A = ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
 DP_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 def dopri5(velocity, x, evaluations=100, rtol=1e-3, atol=1e-3, control=None):
-    """Adaptive Dormand-Prince 5(4), whose steps the error of the first `control` pairs sets (None: of all).
+    """Adaptive Dormand-Prince 5(4). The error of the first `control` pairs (None: of all) sets the step.
     When the evaluations run out, the remaining time is cut into the steps left, whatever their error."""
     if evaluations < 7:
         raise ValueError(f"--evaluations {evaluations}: expected at least 7, one step of dopri5")
-    t, h, used, forced = 1.0, 0.05, 1, 0
+    t, h, left, forced = 1.0, 0.05, (evaluations - 1) // 6, 0           # steps left
     k = [velocity(x, t)]
     while t > 1e-9:
-        least = t / ((evaluations - used) // 6)                        # what each step left must cover
+        least = t / left                                               # what each of them must cover
         floor = h <= least
         h = min(max(h, least), t)
         for c, row in zip(DP_C, DP_A):
             y = x - h * sum(a * ki for a, ki in zip(row, k) if a)
             k.append(velocity(y, max(0.0, t - c * h)))
-        used += 6
+        left -= 1
         error = h * sum(e * ki for e, ki in zip(DP_E, k) if e)
         scale = atol + rtol * torch.maximum(x.abs(), y.abs())
         norm = (error / scale)[:, :control].square().mean().sqrt().item()
-        if norm <= 1 or floor or (evaluations - used) // 6 < 1:
+        if norm <= 1 or floor or not left:
             forced += norm > 1
             t, x, k = t - h, y, k[-1:]  # last stage = first stage of the next step
         else:
@@ -106,11 +106,11 @@ NAMED = {"path": PATHS, "diffusion": DIFFUSIONS}           # options of a solver
 class Velocity:
     """Guided velocity v_null + g (v_cond - v_null) of a state whose first `context` pairs are the context.
     A call is one encoder pass, then the decoder in chunks; progress(share of a call) hears of each chunk.
-    Guidance 1, or a time outside of the interval, runs the conditional pass alone. `interpolated` decodes a
-    part of queries that are a `grid` (height, width, stride)."""
+    Guidance 1, or a time outside of the interval, runs the conditional pass alone. With `grid` (height,
+    width, stride) the queries are an image, of which `interpolated` decodes a part."""
 
     def __init__(self, model, coords, context, label=None, tokens=None, guidance=1.0, interval=(0.0, 1.0),
-                 chunk=None, progress=None, grid=None, refine=0.0):
+                 chunk=None, progress=lambda share: None, grid=None, refine=0.0):
         self.model, self.coords, self.context, self.label, self.tokens = model, coords, context, label, tokens
         self.guidance, self.interval, self.grid, self.refine = guidance, interval, grid, refine
         self.progress, self.calls = progress, 0
@@ -131,7 +131,7 @@ class Velocity:
         prepared = self.model.prepare(levels, t, label, drop)
         out, pairs = torch.empty_like(x), torch.arange(M, device=x.device)
 
-        def decode(pairs):                                             # fills in the velocities of some pairs
+        def decode(pairs):
             for some in pairs.split(max(1, self.chunk // B)):
                 place = None if coords is None else coords[some]                         # (m, 2)
                 v = self.model.decode(prepared, place, x[:, some]).float()               # (2B, m, 3)
@@ -139,8 +139,7 @@ class Velocity:
                     cond, null = v.chunk(2)
                     v = null + self.guidance * (cond - null)                             # (B, m, 3)
                 out[:, some] = v
-                if self.progress:
-                    self.progress(len(some) / M)
+                self.progress(len(some) / M)
         decode(pairs[:self.context] if self.grid else pairs)
         if self.grid:
             self.interpolated(pairs[self.context:], out, decode)
@@ -163,15 +162,14 @@ class Velocity:
         exact = torch.ones(height, width, dtype=torch.bool, device=v.device)
         exact[:h * s, :w * s] = rough.repeat_interleave(s, 0).repeat_interleave(s, 1)
         decode(pairs[exact])
-        if self.progress:
-            self.progress(((~exact).sum().item() - corners.numel() - middles.numel()) / out.shape[1])
+        self.progress(((~exact).sum().item() - corners.numel() - middles.numel()) / out.shape[1])
 
 @torch.no_grad()
 def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=None, guidance=1.0,
-             guidance_interval=(0.0, 1.0), chunk=None, progress=None, noise="white", noise_length=4.0,
-             refine=0.0, solver="euler", **options):
+             guidance_interval=(0.0, 1.0), chunk=None, progress=lambda share: None, noise="white",
+             noise_length=4.0, refine=0.0, solver="euler", **options):
     """Samples `indices` of a seed: (B, M, 3) float32 on the model's device, and the NFE.
-    size: see `shape_of`. part: a box (x0, y0, x1, y1) of pixels, or a run (start, stop) of points; None: all.
+    size: see `shape_of`. part: a box (x0, y0, x1, y1) of it; None: all.
     label (B,) int64; tokens (B, T, token_dim). guidance_interval: (low, high), the times with guidance.
     noise: of the queries, one of NOISES; noise_length: of coupled noise, in training pixels. refine: see
     `Velocity.interpolated`, for large images, one sample at a time. options: those of the solver."""
@@ -179,7 +177,6 @@ def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=No
     height, width = shape_of(cfg, size)
     coupled = image and noise == "coupled"
     apart = coupled or (height, width) != shape_of(cfg)                # there are queries beyond the context
-    part = part if image or not part else (0, part[0], 1, part[1])
     x0, y0, x1, y1 = part or (0, 0, width, height)                     # what is asked for
     left, top, right, bottom = (x0, y0, x1, y1) if apart else (0, 0, width, height)          # what is drawn
     s = cell_size(cfg, (height, width), noise, refine)
@@ -336,21 +333,20 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     tag = "x".join(map(str, size)) if image else f"{size}points"
     out = Path(out or checkpoint["home"] / f"{tag}-seed{setting['seed']}-{code}")
     record, todo = begin(out, n, setting, checkpoint, "png" if image else "npy")
-    refined = cell_size(model.cfg, size, setting["noise"], setting["refine"])              # pixels
-    batch = 1 if refined else batch or min(64, fits)                   # refined: each decodes its own pixels
+    cell = cell_size(model.cfg, size, setting["noise"], setting["refine"])
+    batch = 1 if cell else batch or min(64, fits)              # with cells each sample decodes its own pixels
     calls = (options.get("steps") or options["evaluations"]) * (2 if setting["solver"] == "heun" else 1)
     print0(f"{n} samples at {tag}, step {setting['step']} ({setting['weights']}), {model.device}, to {out}")
     if todo and RANK == 0:
         seconds = len(todo) * calls * seconds_of_a_call(model, setting, tokens)
         print0(f"about {seconds:.0f} s: {len(todo)} x {calls} evaluations of {queries:,} queries")
-        if refined:                                        # at least a corner and the middle of each cell
-            print0(f"less where it is smooth, down to {2 * seconds / refined ** 2:.0f} s (--refine)")
+        if cell:                                           # at least a corner and the middle of each
+            print0(f"less where it is smooth, down to {2 * seconds / cell ** 2:.0f} s (--refine)")
     started = time.time()
     with progress_bar(len(todo), "sample") as bar:
         for mine in (todo[i:i + batch] for i in range(0, len(todo), batch)):
-            x, record["nfe"] = draw(model, setting, mine, tokens=tokens, chunk=chunk,
-                                    progress=lambda share: bar.update(
-                                        min(len(mine) * share / calls, bar.total - bar.n)))
+            x, record["nfe"] = draw(model, setting, mine, tokens, chunk=chunk,
+                                    progress=lambda share: bar.update(len(mine) * share / calls))
             for i, values in zip(mine, x):
                 write_sample(out / record["samples"][i]["file"], values, setting["shape"], image)
     wait_for_all()
@@ -361,16 +357,16 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     wait_for_all()                                              # whoever reads the record next finds it whole
     return out
 
-def draw(model, setting, indices, size=None, part=None, tokens=None, **more):
-    """`generate` with a setting of `resolve`, or another size and part: (B, M, 3) on the CPU, and the NFE."""
+def draw(model, setting, indices, tokens=None, **more):
+    """`generate` with a setting of `resolve`: (B, M, 3) on the CPU, and the NFE."""
     classes, label = setting["classes"], None
     if classes:
         label = torch.tensor([classes[i % len(classes)] for i in indices], device=model.device)
     if tokens:
         tokens = torch.stack([tokens[i % len(tokens)] for i in indices]).to(model.device)
     with autocast(model.device, setting["dtype"], "float32"):
-        x, nfe = generate(model, indices, setting["seed"], size or setting["size"], part or setting["crop"],
-                          label, tokens, solver=setting["solver"], **setting["options"], **more,
+        x, nfe = generate(model, indices, setting["seed"], setting["size"], setting["crop"], label, tokens,
+                          solver=setting["solver"], **setting["options"], **more,
                           **{name: setting[name] for name in GENERATED})
     if not x.isfinite().all():
         raise ValueError(f"the {setting['weights']} weights of step {setting['step']}: non-finite samples")
@@ -383,7 +379,7 @@ def seconds_of_a_call(model, setting, tokens):
                           guidance_interval=(0, 1))
     for _ in range(2):                                                 # the first warms up
         began = time.time()
-        draw(model, once, [0], tokens=tokens)
+        draw(model, once, [0], tokens)
     apart = shape_of(model.cfg, setting["size"]) != shape_of(model.cfg) or setting["noise"] == "coupled"
     N, queries = model.cfg.pairs, math.prod(setting["shape"]) * apart
     low, high = setting["guidance_interval"]
@@ -391,7 +387,7 @@ def seconds_of_a_call(model, setting, tokens):
     return (time.time() - began) * share * (N + queries) / (N + 64 * 63)
 
 def begin(out, n, setting, checkpoint, kind):
-    """Makes the directory; the record of its samples, and which of this process's share are missing there."""
+    """Makes the directory. Returns the record of its samples, and which of this process's are missing."""
     out.mkdir(parents=True, exist_ok=True)
     names, classes, file = checkpoint["config"]["class_names"], setting["classes"], out / "samples.json"
     rows = [dict(file=f"{i:06d}.{kind}", index=i) for i in range(n)]
@@ -439,7 +435,7 @@ def write_png(path, image):
 
 def to_pixels(values, height, width):
     """One image (height*width, 3) in [-1, 1] as uint8 (height, width, 3)."""
-    pixels = ((values.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
+    pixels = ((values + 1) * 127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).reshape(height, width, 3).numpy()
 
 VIEW = np.array([(0.866, 0, 0.5), (0.171, 0.940, -0.296), (-0.470, 0.342, 0.814)])  # turned 30, tilted 20
@@ -506,6 +502,7 @@ def read_checkpoint(path, mmap=False):
                 raise FileNotFoundError
             if not damaged and {"ema", "step", "config"} <= {*ckpt}:
                 return dict(ckpt, path=file)
+            damaged = damaged or f"it holds {', '.join(map(str, ckpt))}"
         except FileNotFoundError:
             if Path(path).exists():                                    # a save has moved the file meanwhile
                 return read_checkpoint(path, mmap)
@@ -516,7 +513,7 @@ def read_checkpoint(path, mmap=False):
     raise ValueError(f"{path}: no readable checkpoint; expected a ckpt.pt of train.py, or its run directory")
 
 def load(path=None, weights="ema"):
-    """The model of a checkpoint (evaluation mode, CPU), and the checkpoint; its `home` is for its samples."""
+    """The model of a checkpoint (evaluation mode, CPU), and the checkpoint, with a `home` for its samples."""
     ckpt = read_checkpoint(find_checkpoint(path), mmap=True)
     file, kind = ckpt["path"].resolve(), "ema" if weights == "ema" else "model"
     if kind not in ckpt:
@@ -539,7 +536,7 @@ def read_tokens(path, cfg):
         found = sorted({tuple(x.shape) for x in tokens})
         if found == [(len(tokens[0]), cfg.token_dim)]:
             return tokens
-    except Exception as e:                                             # as above
+    except Exception as e:                                             # broken bytes raise nearly anything
         found = type(e).__name__
     raise ValueError(f"--tokens {path}: found {found}; expected `cond_token` (T, {cfg.token_dim}), one T")
 

@@ -31,7 +31,7 @@ class Glyphs:
 
     Item i is drawn in units of the image, so another `res` shows the same image finer or coarser.
     """
-    domain, needs, files = "image", "no --data", []
+    domain = "image"
     HEIGHT = 0.66, 0.84       # of the inked box, in image heights
     ANGLE = -10.0, 10.0       # degrees
     MARGIN = 0.04             # kept free on every side, in image widths
@@ -226,7 +226,7 @@ class Solids:
     The box of the surface is normalised, not that of the points, so every draw from one shape agrees. rng
     draws the points; without it they depend on i alone, and a larger P only appends.
     """
-    domain, needs, files = "points", "no --data", []
+    domain = "points"
     SHAPES = {f.__name__: f for f in (table, chair, lamp, mug, bottle, airplane, bookshelf)}
 
     def __init__(self, points=2048, split="train"):

@@ -201,11 +201,11 @@ def update(model, ema, optimizer, step, args):
     return norm
 
 @torch.no_grad()
-def update_ema(ema, model, step, decay, skipped=0.0):
-    """ema <- d ema + (1-d) model with d = min(decay, (1+s)/(10+s)), d = 1 where the step was skipped."""
+def update_ema(ema, model, step, decay, skipped):
+    """ema <- d ema + (1-d) model with d = min(decay, (1+s)/(10+s)), d = 1 where the step was skipped, which a
+    tensor () on the device tells: 1 or 0."""
     share = (1 - min(decay, (1 + step) / (10 + step))) * (1 - skipped)
     averages, own = list(ema.parameters()), list(model.parameters())
-    share = torch.as_tensor(share, dtype=torch.float32, device=own[0].device)
     torch._foreach_lerp_(averages, own, [share] * len(own))
     for average, buffer in zip(ema.buffers(), model.buffers()):
         average.copy_(buffer)
@@ -219,10 +219,14 @@ def main(argv=None):
     args, given, ckpt = settings(argv)
     device = start_processes(args.device)
     dataset, cfg = build(args, given)
-    run = describe(args, cfg, dataset)
+    # what config.json and every checkpoint say of the run
+    about = dict(model=vars(cfg), class_names=dataset.class_names, items=len(dataset), settings=vars(args),
+                 tokens=getattr(dataset, "spec", None),
+                 normalisation="box" if cfg.domain == "points" else None)
     model, ema, optimizer, net = start(args, cfg, ckpt, dataset, device)   # net is called, model is saved
-    step = resume(ckpt, run, model, ema, optimizer) if ckpt else 0
-    folder = RunDirectory(args, run, ckpt)
+    step = resume(ckpt, about, model, ema, optimizer) if ckpt else 0
+    run_dir = RunDirectory(args, about, ckpt)
+    del ckpt                                               # of XL some 12 GB
     coords = image_coords(cfg.res, device=device) if cfg.domain == "image" else None
     pieces = args.accumulate or micro_batches(args, model, coords, dataset, device)
     micro, left_out = args.batch_size // WORLD // pieces, {} if args.skip_bad else None
@@ -231,7 +235,7 @@ def main(argv=None):
         workers = 4 if device.type == "cuda" else int(args.loader in ("folder", "shapenet", "objaverse"))
     batches = data.loader(dataset, args.seed, step, args.batch_size, micro, RANK, WORLD, workers,
                           pin=device.type == "cuda", skip_bad=left_out)
-    signals, stop, failure, bad_row = [], None, None, 0
+    signals, stop, bad_row = [], None, 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
     sums = torch.zeros(5, device=device)       # loss, finite losses, skipped steps, signals, items left out
@@ -243,14 +247,13 @@ def main(argv=None):
     while True:
         last = stop or step >= args.steps
         scored = args.eval_every and due(args.eval_every) and not stop
-        saved = due(args.save_every) or scored
-        if saved and RANK == 0:
-            folder.save(step, model, ema, optimizer, last)
+        if (scored or due(args.save_every)) and RANK == 0:
+            run_dir.save(step, model, ema, optimizer, last)
             if scored:
-                attempt(folder.evaluate, step, device)
-            attempt(folder.draw_curve)
+                attempt(run_dir.evaluate, step, device)
+            attempt(run_dir.draw_curve)
         if due(args.sample_every) and not stop:
-            sample_sheet(folder, step, model, ema, dataset)
+            sample_sheet(run_dir, step, model, ema, dataset)
         if last:
             break
 
@@ -258,10 +261,11 @@ def main(argv=None):
         try:
             parts = [next(batches) for _ in range(pieces)]
         except ValueError as e:                            # an item; the weights are those of this step
-            if WORLD > 1:
-                raise
-            stop = failure = e
-            continue
+            advice = "see --skip-bad"
+            if step and WORLD == 1:
+                run_dir.save(step, model, ema, optimizer, last=True)
+                advice = f"step {step} is saved, continue with --resume auto"
+            raise ValueError(f"{e}; {advice}") from None
         for i, part in enumerate(parts, RANK * pieces):
             with net.no_sync() if WORLD > 1 and part is not parts[-1] else nullcontext():
                 loss = micro_loss(net, coords, part, step, range(i * micro, (i + 1) * micro), args, device)
@@ -289,17 +293,13 @@ def main(argv=None):
                           skipped=int(skipped) // WORLD, left_out=int(missing), samples_per_s=round(rate, 2))
             bar.set_postfix(loss=record["loss"])
             if RANK == 0:
-                folder.log(record, device)
+                run_dir.log(record, device)
             if bad_row >= args.max_bad_steps:
-                count = int(bad_row)
-                raise ValueError(f"{count} steps in a row up to {step} were not finite (--max-bad-steps)")
+                raise ValueError(f"{bad_row:.0f} steps in a row up to {step} not finite (--max-bad-steps)")
             sums.zero_()
             logged, began = step, time.time()
 
     bar.close()
-    if failure:
-        advice = f"step {step} is saved, continue with --resume auto" if step else "see --skip-bad"
-        raise ValueError(f"{failure}; {advice}")
     print0(f"{stop or 'done'} at step {step}; draw samples with: python sample.py --ckpt {args.out}")
 
 # ---- Set-up -----------------------------------------------------------------------------------------------
@@ -330,12 +330,6 @@ def configure(args, processes, **changes):
         raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {processes} processes x "
                          f"{pieces} micro-batches (--accumulate)")
     return cfg
-
-def describe(args, cfg, dataset):
-    """What config.json and every checkpoint say of a run."""
-    return dict(model=vars(cfg), class_names=dataset.class_names, items=len(dataset),
-                tokens=getattr(dataset, "spec", None), settings=vars(args),
-                normalisation="box" if cfg.domain == "points" else None)
 
 def start(args, cfg, ckpt, dataset, device):
     """A new model, its average, its optimizer, and it compiled and shared out among processes."""
@@ -382,9 +376,11 @@ def initialise(model, path, class_names):
 def resume(ckpt, run, model, ema, optimizer):
     """Loads a checkpoint; returns its step. Raises ValueError where `run` is of another model or classes."""
     file, step, before, steps = ckpt["path"], ckpt["step"], ckpt["config"], gather(ckpt["step"])
-    differ = [name for name, value in run["model"].items() if before["model"].get(name) != value]
-    if len({*steps}) > 1 or differ or before["class_names"] != run["class_names"]:
-        raise ValueError(f"{file}: its run has other {', '.join(differ) or 'classes'} (or steps: {steps})")
+    own, its = (dict(config["model"], classes=config["class_names"]) for config in (run, before))
+    differ = [name for name in own if its.get(name) != own[name]]
+    if differ or len({*steps}) > 1:
+        found = f"its run has other {', '.join(differ)}" if differ else f"processes found steps {steps}"
+        raise ValueError(f"{file}: {found}")
     if before["items"] != run["items"]:
         print0(f"warning: {run['items']} items, {before['items']} before: the data order changes here")
     groups = optimizer.state_dict()["param_groups"]                    # learning rate and betas of the flags
@@ -458,8 +454,9 @@ def save(out, state, saved, keep):
     if saved and keep:
         os.replace(out / "ckpt.pt", out / f"ckpt-{saved:07d}.pt")
     os.replace(out / "next.pt", out / "ckpt.pt")
-    earlier = checkpoints(out)[1:]             # later ones are left by a run resumed from an earlier step
-    for old in {*earlier} - {*[p for p in earlier if int(p.stem[5:]) < state["step"]][:keep]}:
+    others = checkpoints(out)[1:]              # later ones are left by a run resumed from an earlier step
+    kept = [p for p in others if int(p.stem[5:]) < state["step"]][:keep]
+    for old in {*others} - {*kept}:
         old.unlink()
     return state["step"]
 
@@ -574,15 +571,15 @@ class RunDirectory:
             pen.text((666, 314 - 75 * i), f"{top * i / 4:.4g}" if scores else "", "#c0392b")
         write_png(self.out / "loss.png", sheet)
 
-def sample_sheet(folder, step, model, ema, dataset, n=16):
-    """samples-STEP.png: n seeds with EMA weights, below them the same with raw weights, at most 25 steps.
+def sample_sheet(run_dir, step, model, ema, dataset):
+    """samples-STEP.png: 16 seeds with EMA weights, below them the same with raw weights, at most 25 steps.
     Classes come in turn, objects from all over the set. The processes share them out."""
-    args, cfg, classes, mine = folder.args, model.cfg, len(dataset.class_names), range(RANK, n, WORLD)
+    args, cfg, classes, mine = run_dir.args, model.cfg, len(dataset.class_names), range(RANK, 16, WORLD)
     options = {name: getattr(args, name) for name in ("guidance", "noise", "noise_length")}
     if classes:
         options["label"] = torch.tensor([i % classes for i in mine], device=model.device)
     if cfg.token_dim and mine:
-        tokens = [torch.from_numpy(dataset.item(i * len(dataset) // n)[2]) for i in mine]
+        tokens = [torch.from_numpy(dataset.item(i * len(dataset) // 16)[2]) for i in mine]
         options["tokens"] = torch.stack(tokens).to(model.device)                     # (B, T, token_dim)
     steps, tiles = min(25, args.sampling_steps), {}
     for half, net in enumerate((ema.eval(), model.eval()) if mine else ()):
@@ -595,10 +592,10 @@ def sample_sheet(folder, step, model, ema, dataset, n=16):
     tiles = {place: tile for share in gather(tiles) for place, tile in share.items()}
     if RANK == 0:
         sheet = grid_image([tiles[place] for place in sorted(tiles)], columns=8)
-        attempt(write_png, folder.out / f"samples-{step:07d}.png", sheet)
-        if folder.board:
-            folder.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
-            folder.board.flush()
+        attempt(write_png, run_dir.out / f"samples-{step:07d}.png", sheet)
+        if run_dir.board:
+            run_dir.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+            run_dir.board.flush()
 
 if __name__ == "__main__":
     run_main(main)

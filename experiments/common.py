@@ -48,7 +48,7 @@ def drawn(model, setting, indices):
     found, batch = [], max(1, min(100, 2 ** 16 // (height * width)))
     tokens = sample.read_tokens(setting["tokens"], model.cfg) if setting["tokens"] else None
     for some in tqdm(torch.tensor([*indices]).split(batch), desc=f"samples, {height} x {width}"):
-        x, evaluations = sample.draw(model, setting, some.tolist(), tokens=tokens)
+        x, evaluations = sample.draw(model, setting, some.tolist(), tokens)
         image = model.cfg.domain == "image"
         found += [sample.to_pixels(values, height, width) if image else values.numpy() for values in x]
     return np.stack(found), evaluations

@@ -112,7 +112,7 @@ def test_points_do_not_depend_on_batch_chunk_or_part(options):
     """If a cloud were another in another batch, in other chunks, or some of its points alone."""
     net = small("points")
     whole, _ = sample.generate(net, [0, 4], 1, 5000, chunk=999, **options)
-    part, _ = sample.generate(net, [4], 1, 5000, (4000, 4200), **options)
+    part, _ = sample.generate(net, [4], 1, 5000, (0, 4000, 1, 4200), **options)
     assert whole.shape == (2, 5000, 3) and (part[0] - whole[1, 4000:4200]).abs().max() < 1e-3
     for points in (1, 17, 64, 2048):
         assert sample.generate(net, [0], 1, points, **options)[0].shape == (1, points, 3)
@@ -198,7 +198,7 @@ def test_interpolated_velocities_are_within_their_tolerance(options):
     net, label, shares = small(n_classes=3), torch.tensor([1]), []
     size, box = (301, 270), (33, 41, 200, 301)
 
-    def draw(refine, part=None, progress=None):
+    def draw(refine, part=None, progress=lambda share: None):
         return sample.generate(net, [2], 5, size, part, label, guidance=2.0, refine=refine,
                                progress=progress, **options)[0]
     assert sample.cell_size(net.cfg, size, "coupled", 0.1) == 2

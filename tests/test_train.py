@@ -217,7 +217,7 @@ def test_ema_formula_and_buffers():
     for step in (0, 1, 5, 1000, 100000):
         d = min(0.99, (1 + step) / (10 + step))
         expected = d * expected + (1 - d) * 5.0
-        train.update_ema(ema, net, step, 0.99)
+        train.update_ema(ema, net, step, 0.99, torch.tensor(0.0))
         train.update_ema(ema, net, step, 0.99, torch.tensor(1.0))
         assert torch.allclose(ema.weight, torch.full((3,), expected))
         assert ema.running_mean.tolist() == [7.0] * 3 and ema.num_batches_tracked == 9

@@ -19,17 +19,15 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample  # noqa: E402
 
-BAND = 2 ** 20            # queries of a band; their state and noise are some 100 MB
-
 def pixels(model, setting, index, box, size):
     """The pixels in a box (x0, y0, x1, y1) of sample `index`, drawn at a size, as an image."""
-    x, _ = sample.draw(model, setting, [index], size, box)
+    x, _ = sample.draw(model, setting | dict(size=size, crop=box), [index])
     return Image.fromarray(sample.to_pixels(x[0], box[3] - box[1], box[2] - box[0]))
 
 def poster(model, setting, index, path, rows=None):
-    """One image in bands of `rows` rows (default: as many as BAND allows), streamed into path."""
+    """One image in bands of `rows` rows (default: of 2^20 pixels), streamed into path."""
     (height, width), parts = setting["size"], Path(f"{path}.parts")
-    rows = rows or max(1, BAND // width)
+    rows = rows or max(1, sample.AT_ONCE // width)
     bands = [(0, y, width, min(y + rows, height)) for y in range(0, height, rows)]
     files = [parts / f"{y0:09d}.png" for _, y0, _, _ in bands]
     parts.mkdir(parents=True, exist_ok=True)
