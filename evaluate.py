@@ -6,8 +6,8 @@ LION's .pt of point clouds (S,P,3); a data set, NAME or NAME:SPLIT. X may be a c
 
     python evaluate.py stats --data Y --res R --out ref.npz      reference statistics of images
 
-A new metric is a function in metrics/ and here its score function, which gives {name: value} for all names
-that share it, and a row of METRICS. S items, P points, d features, b in a batch.
+To add a metric: a function in metrics/, a score function here that gives {name: value} for all its names,
+and a row of METRICS. S items, P points, d features, b in a batch.
 """
 import argparse
 import hashlib
@@ -37,41 +37,37 @@ from sample import RANK, WORLD, natural, positive, print0, wait_for_all, write_a
 
 # ---- Scores ---------------------------------------------------------------------------------------------
 class Task:
-    """What scores see. Of features: moments {(side, feature): frechet.Moments} and rows {(side, feature):
-    (S,d)}, side "fake" or "real". The protocol goes into the JSON."""
+    """What scores see: two sets, with `statistics` of their features. The protocol goes into the JSON."""
 
     def __init__(self, args, real):
         self.args, self.real, self.fake = args, real, Set()
-        self.moments, self.rows, self.protocol, self.warnings = {}, {}, dict(networks={}), []
+        self.protocol, self.warnings = dict(networks={}), []
 
     def warn(self, text):
         self.warnings.append(text)
         print0(f"WARNING: {text}", sys.stderr)
 
 def frechet_scores(task, names):
-    found = {}
+    found, fake, real = {}, task.fake, task.real
     for name in names:
-        row = METRICS[name]
-        one, other = task.moments["fake", row.feature], task.moments.get(("real", row.feature))
-        real = (other.mean, other.cov) if other else [task.real.statistics[key] for key in row.statistics]
-        found[name] = frechet.frechet_distance(one.mean, one.cov, *real)
-        if min(one.n, other.n if other else task.real.record.get("n", one.n)) <= len(one.mean):
-            task.warn(f"{name}: fewer items than the {len(one.mean)} dimensions of the features: covariances "
-                      f"are rank-deficient, the distance is biased upwards")
+        sides = [items.statistics[key] for items in (fake, real) for key in METRICS[name].statistics]
+        found[name], d = frechet.frechet_distance(*sides), len(sides[0])
+        if min(fake.count, real.count or real.record.get("n", fake.count)) <= d:
+            task.warn(f"{name}: fewer items than the {d} dimensions of the features: covariances are "
+                      f"rank-deficient, the distance is biased upwards")
     return found
 
 def inception_scores(task, names):
-    return dict(zip(("is", "is_std"), inception.inception_score(task.rows["fake", "classes"].double())))
+    return dict(zip(("is", "is_std"), inception.inception_score(task.fake.statistics["classes"])))
 
 def row_scores(score, keys, task, names):
     """Both figures, called `keys`, that `score` gives of the rows of the two sets."""
-    args, feature = task.args, feature_of(names[0], task.args)
-    real = task.rows["real", feature] if task.real.count else task.real.statistics["features"]
+    args, real, fake = task.args, task.real.statistics["features"], task.fake.statistics["features"]
     task.protocol["n_real_pr"] = len(real)
     # density and coverage keep the k = 5 of their authors, whatever --k is
     more = {"k": args.k} if score is precision_recall else {}
     try:
-        return dict(zip(keys, score(real, task.rows["fake", feature], device=args.device, **more)))
+        return dict(zip(keys, score(real, fake, device=args.device, **more)))
     except ValueError as e:                                            # fewer than k items
         if {*keys} & {*(args.metrics or ())}:
             raise
@@ -102,7 +98,7 @@ def pair_scores(task, names):
 
 def p_fid_score(task, names):
     net = pointnet.load(task.protocol["networks"]["pointnet"]["file"]).to(task.args.device)
-    found = [pointnet.features(net, stack(items), progress=True) for items in (task.fake, task.real)]
+    found = [pointnet.features(net, stack(items)) for items in (task.fake, task.real)]
     one, other = (frechet.Moments(x.shape[1]).update(x) for x in found)
     return {"p_fid": frechet.frechet_distance(one.mean, one.cov, other.mean, other.cov)}
 
@@ -112,7 +108,7 @@ def ulip_score(task, names):
     args, device, networks = task.args, task.args.device, task.protocol["networks"]
     points = args.point_features and np.load(args.point_features, allow_pickle=False)
     if not args.point_features:
-        points = ulip.features(ulip.load(networks["ulip"]["file"]).to(device), stack(task.fake), device, True)
+        points = ulip.features(ulip.load(networks["ulip"]["file"]).to(device), stack(task.fake))
     if args.images.endswith(".npy"):
         return {"ulip_i": ulip.ulip_score(points, np.load(args.images, allow_pickle=False))}
     tower, items = clip.load(networks["bigg"]["file"]).to(device), open_set(args.images, args, "--images")
@@ -124,11 +120,11 @@ class Metric:
     domains: tuple            # image, points
     score: Callable
     networks: tuple = ()      # whose weights it needs (metrics/weights.py)
-    feature: str = None       # of STREAMS: as moments where there are `statistics`, else as rows
-    statistics: tuple = ()    # names of stored mean and covariance
+    feature: str = None       # of STREAMS
+    statistics: tuple = ()    # of the feature, as stored: the names of mean and covariance, or of all rows
     published: int = 0        # samples behind published figures
     unit: str = ""
-    asked: bool = False       # computed only if asked for; outside of their first domain all are
+    asked: bool = False       # computed only if asked for by name, as all are outside of their first domain
     own: bool = False         # of the features of --features, where that is given
     needs: tuple = ("fake", "real")
 
@@ -136,14 +132,14 @@ PRECISION = partial(row_scores, precision_recall, ("precision", "recall"))
 DENSITY = partial(row_scores, density_coverage, ("density", "coverage"))
 KID = partial(row_scores, frechet.kid, ("kid", "kid_std"))
 
-IMAGE, POINTS, BOTH = ("image",), ("points",), ("image", "points")
+IMAGE, POINTS, BOTH, ROWS = ("image",), ("points",), ("image", "points"), ("features",)
 METRICS = {
     "fid": Metric(IMAGE, frechet_scores, ("inception",), "pool", ("mu", "sigma"), 50_000),
     "sfid": Metric(IMAGE, frechet_scores, ("inception",), "spatial", ("mu_s", "sigma_s"), 50_000),
-    "is": Metric(IMAGE, inception_scores, ("inception",), "classes", (), 50_000, needs=("fake",)),
-    **dict.fromkeys(("precision", "recall"), Metric(BOTH, PRECISION, ("inception",), "pool", own=True)),
-    **dict.fromkeys(("density", "coverage"), Metric(BOTH, DENSITY, ("inception",), "pool", own=True)),
-    "kid": Metric(BOTH, KID, ("inception",), "pool", unit="x 1e3", own=True),
+    "is": Metric(IMAGE, inception_scores, ("inception",), "classes", ("classes",), 50_000, needs=("fake",)),
+    **dict.fromkeys(("precision", "recall"), Metric(BOTH, PRECISION, ("inception",), "pool", ROWS, own=True)),
+    **dict.fromkeys(("density", "coverage"), Metric(BOTH, DENSITY, ("inception",), "pool", ROWS, own=True)),
+    "kid": Metric(BOTH, KID, ("inception",), "pool", ROWS, unit="x 1e3", own=True),
     "fid_clip": Metric(IMAGE, frechet_scores, ("clip",), "clip", ("mu_clip", "sigma_clip"), 50_000, "", True),
     "fdd": Metric(IMAGE, frechet_scores, ("dinov2",), "dinov2", ("mu_fdd", "sigma_fdd"), 50_000, "", True),
     "mmd_cd": Metric(POINTS, pair_scores, unit="x 1e3"),
@@ -245,7 +241,7 @@ def sampled_set(path):
 
 def array_set(path):
     """A file of arrays, or of statistics alone."""
-    known = [key for row in METRICS.values() for key in row.statistics] + ["features"]
+    known = [key for row in METRICS.values() for key in row.statistics]
     with data.reading(path, references.EXPECTED):
         found = references.read(path, known)
     array, about = found.array, dict(vars(found), source=str(path), sha256=weights.sha256(path))
@@ -271,18 +267,14 @@ def stack(items):
 STREAMS = {"inception": inception, "clip": clip, "dinov2": dinov2}
 
 def stream(network, args, path):
-    """A function of a batch (b,H,W,3) or (b,P,3) that gives {feature: (b,d)}."""
-    if network == "own":
-        return own_features(args)
-    module, more = STREAMS[network], {"resize": args.resize} if network == "inception" else {}
-    net = module.load(path).to(args.device)
-    size = (net.norm.weight.numel(), len(net.blocks), net.registers) if network == "dinov2" else None
-    if size not in (None, (1024, 24, 0)):
-        raise ValueError(f"{path}: width, depth, registers are {size}; expected ViT-L/14, (1024, 24, 0)")
-    return lambda batch: module.features(net, batch, **more)
-
-def own_features(args):
-    """--features: a function of uint8 (b,3,H,W), or float32 (b,P,3), giving (b,d)."""
+    """A function of a batch, uint8 (b,H,W,3) or float32 (b,P,3), that gives {feature: (b,d)}."""
+    if network != "own":
+        module, more = STREAMS[network], {"resize": args.resize} if network == "inception" else {}
+        net = module.load(path).to(args.device)
+        size = (net.norm.weight.numel(), len(net.blocks), net.registers) if network == "dinov2" else None
+        if size not in (None, (1024, 24, 0)):
+            raise ValueError(f"{path}: width, depth, registers are {size}; expected ViT-L/14, (1024, 24, 0)")
+        return lambda batch: module.features(net, batch, **more)
     with data.reading(f"--features {args.features}", "module:callable or a TorchScript file"):
         if Path(args.features).is_file():
             function = torch.jit.load(args.features, map_location=args.device).eval()
@@ -296,9 +288,9 @@ def feature_of(name, args):
 
 @torch.no_grad()
 def extract(task, side, names, runs):
-    """Streams a set through `runs`: fills the task's moments and rows, on process 0, and its protocol."""
+    """Streams a set through `runs`: fills its statistics, on process 0, and the protocol."""
     args, items, moments, rows = task.args, getattr(task, side), {}, defaultdict(dict)
-    wanted = {(feature_of(name, args), bool(METRICS[name].statistics)) for name in names}
+    wanted = {METRICS[name].statistics: feature_of(name, args) for name in names}
     most = 10_000 if side == "real" else items.count                   # as ADM's reference files
     chosen = {*np.random.default_rng(0).permutation(items.count)[:most].tolist()}
     mine, size = range(RANK, items.count, WORLD), args.batch or (64 if args.device.type == "cuda" else 8)
@@ -313,25 +305,29 @@ def extract(task, side, names, runs):
                     raise ValueError(f"{items.source}: item {i} is {array.shape}, item 0 {shape}; see --res")
                 rows["sha256"][i] = hashlib.sha256(array.tobytes()).digest()
             batch = torch.from_numpy(np.stack(arrays)).to(args.device)
-            for feature, found in (pair for run in runs for pair in run(batch).items()):
-                if (feature, True) in wanted:
-                    moments.setdefault(feature, frechet.Moments(found.shape[1], args.device)).update(found)
-                if (feature, False) in wanted:
-                    rows[feature].update((i, x) for i, x in zip(numbers, found.float().cpu()) if i in chosen)
+            found = {feature: x for run in runs for feature, x in run(batch).items()}
+            for keys, feature in wanted.items():
+                x = found[feature]
+                if len(keys) == 2:                                     # mean and covariance
+                    moments.setdefault(keys, frechet.Moments(x.shape[1], args.device)).update(x)
+                else:
+                    rows[keys[0]].update(pair for pair in zip(numbers, x.float().cpu()) if pair[0] in chosen)
             bar.update(len(numbers))
-    moments = {feature: one.to("cpu") for feature, one in moments.items()}
+    moments = {keys: one.to("cpu") for keys, one in moments.items()}
     parts = [(moments, rows)] * WORLD
     if WORLD > 1:
         dist.gather_object(parts[0], parts if RANK == 0 else None)
     for more_moments, more_rows in parts[1:] if RANK == 0 else ():
-        for feature, one in more_moments.items():
-            moments[feature].merge(one)
-        for feature, one in more_rows.items():
-            rows[feature].update(one)
-    rows = {feature: [one[i] for i in sorted(one)] for feature, one in rows.items()}
+        for keys, one in more_moments.items():
+            moments[keys].merge(one)
+        for key, one in more_rows.items():
+            rows[key].update(one)
+    rows = {key: [one[i] for i in sorted(one)] for key, one in rows.items()}
     digest = hashlib.sha256(b"".join(rows.pop("sha256"))).hexdigest()
-    task.moments |= {(side, feature): one for feature, one in moments.items()}
-    task.rows |= {(side, feature): torch.stack(one) for feature, one in rows.items()}
+    if RANK == 0:
+        items.statistics |= {key: torch.stack(one) for key, one in rows.items()}
+        for keys, one in moments.items():
+            items.statistics |= zip(keys, (one.mean, one.cov))
     task.protocol |= {f"{side}_sha256": items.sha256 or digest, f"{side}_size": shape}
 
 # ---- Commands ------------------------------------------------------------------------------------------
@@ -375,9 +371,9 @@ def require(task, name, domain, given):
     lacking = [flag for flag in row.needs if not getattr(args, flag)]
     if lacking or row.own and not args.features and (own or domain == "points"):
         raise ValueError(f"--{[*lacking, 'features'][0]} is missing")
-    stored = row.statistics or ("features",)
-    if "real" in row.needs and not real.count and not {*stored} <= {*real.statistics}:
-        raise ValueError(f"{real.source} holds statistics alone, not {', '.join(stored)}; expected images")
+    if "real" in row.needs and not real.count and not {*row.statistics} <= {*real.statistics}:
+        raise ValueError(f"{real.source} holds statistics alone, not {', '.join(row.statistics)}; "
+                         "expected images")
     for network in row.networks:
         if network not in networks and not spared.get(network):
             file, digest, published = weights.find(network, given.get(network), args.cache,
@@ -388,7 +384,7 @@ def require(task, name, domain, given):
 
 def is_checkpoint(source):
     """A shipped model, a run directory, or a file with averaged weights: other .pt files hold clouds."""
-    path, shipped = Path(source or ""), sample.WEIGHTS / f"{source}.pt"
+    path, shipped = Path(source), sample.WEIGHTS / f"{source}.pt"
     if path.suffix.lower() != ".pt" or not zipfile.is_zipfile(path):
         return bool(sample.checkpoints(path)) if path.exists() else shipped.exists()
     with data.reading(path, "a file of tensors"):
@@ -399,8 +395,8 @@ def evaluate(args):
     model, task = None, Task(args, open_set(args.real, args, "--real"))
     real, held = task.real, open_set(args.held_out, args, "--held-out")
     if args.nearest and not (args.fake and real.count) or args.held_out and not (args.nearest and held.count):
-        raise ValueError("--nearest N needs --fake, and as --real the training items; --held-out needs both")
-    if is_checkpoint(args.fake):
+        raise ValueError("--nearest N needs --fake, and as --real the training items; --held-out needs it")
+    if args.fake and is_checkpoint(args.fake):
         model, checkpoint = sample.load(args.fake, "raw" if args.raw else "ema")
     else:
         task.fake = open_set(args.fake, args, "--fake")
@@ -436,7 +432,7 @@ def compute(task, names, runs):
     """Features of the sets, where metrics need them, then {name: figure}, on process 0."""
     for side, items in (("fake", task.fake), ("real", task.real)):
         streamed = [name for name in names if METRICS[name].feature and side in METRICS[name].needs
-                    and not {*METRICS[name].statistics} & {*items.statistics}]
+                    and (side == "fake" or not {*METRICS[name].statistics} & {*items.statistics})]
         if streamed and items.count:
             extract(task, side, streamed, runs)
     check_pair(task, names)
@@ -489,12 +485,16 @@ def check_pair(task, names):
     few = [name for name in names if task.fake.count < METRICS[name].published]
     if few:
         task.warn(f"{', '.join(few)} of {task.fake.count} samples, {task.real.count} real items read: "
-                  f"published figures are of {METRICS[few[0]].published:,} and 10,000; the bias of fewer "
+                  f"published figures are of {METRICS[few[0]].published:,} samples; the bias of fewer "
                   "exceeds what models differ by")
-    lossy = {bool({"jpg", "jpeg", "webp", "avif", "jp2"} & {*kind.split("+")}) for kind in types if kind}
+    known = {"jpg", "jpeg", "jpe", "jfif", "webp", "avif", "jp2"}
+    lossy = {bool(known & {*kind.split("+")}) for kind in types if kind}
     if len(lossy) == 2:
         task.warn(f"file types differ: {types[0]} samples, {types[1]} references; "
                   "compression alone moves FID")
+    resize = task.real.record.get("resize", task.args.resize)
+    if resize != task.args.resize:
+        task.warn(f"--resize {task.args.resize}, but the reference was made with {resize}: not comparable")
     if None not in sizes and sizes[0] != sizes[1]:
         task.warn(f"sizes differ: samples {sizes[0]}, references {sizes[1]}; --res brings images to one")
     same = None not in hashes and hashes[0] == hashes[1]
@@ -519,15 +519,11 @@ def stats(args):
     names, runs = choose(task, "image")
     names = [name for name in names if "real" in METRICS[name].needs]
     task.protocol = protocol(task) | task.protocol
+    real.statistics.clear()                                            # of another tool
     extract(task, "real", names, runs)
-    arrays = {"features": rows.numpy() for rows in task.rows.values()}
-    for name in names:
-        if METRICS[name].statistics:
-            one = task.moments["real", feature_of(name, args)]
-            arrays.update(zip(METRICS[name].statistics, (one.mean.numpy(), one.cov.numpy())))
     if RANK == 0:
         meta = json.dumps(dict(task.protocol, n=real.count))
-        write_atomic(args.out, lambda file: np.savez(file, n=real.count, meta=meta, **arrays))
+        write_atomic(args.out, lambda file: np.savez(file, n=real.count, meta=meta, **real.statistics))
     print0(f"{args.out}: {', '.join(names)} of {real.count} images {task.protocol['real_size']}")
 
 # ---- Flags ---------------------------------------------------------------------------------------------

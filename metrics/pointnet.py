@@ -132,14 +132,13 @@ def load(path):
 # --- Features of a set
 
 @torch.no_grad()
-def features(model, clouds, device=None, progress=False):
+def features(model, clouds):
     """Features (S,512), float32 on the CPU, of clouds (S,P,3), an array or a tensor in any scale, P >= 512.
 
     In batches of 64 in their order, because cloud i is sampled from its point i % 64, as in Point-E on one
-    device. device: the model's if None. Costs 7 GFLOP a cloud."""
-    device = device or next(model.parameters()).device
-    rows = [torch.empty(0, 512)]
-    for i in tqdm(range(0, len(clouds), BATCH), desc="PointNet++", disable=None if progress else True):
+    device. Costs 7 GFLOP a cloud."""
+    device, rows = next(model.parameters()).device, [torch.empty(0, 512)]
+    for i in tqdm(range(0, len(clouds), BATCH), desc="PointNet++", disable=None):
         x = normalise(torch.as_tensor(clouds[i:i + BATCH]).to(device), i)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             rows.append(model(x)[0].float().cpu())

@@ -182,14 +182,12 @@ def load(path):
 # --- The score
 
 @torch.no_grad()
-def features(model, clouds, device=None, progress=False):
-    """Embeddings (S,dim), float32 on the CPU, of clouds as `prepare` takes them, P >= 512.
-
-    device: that of the model if None. Costs 54 GFLOP a cloud."""
-    device = device or next(model.parameters()).device
+def features(model, clouds):
+    """Embeddings (S,dim), float32 on the CPU, of clouds as `prepare` takes them, P >= 512. Costs 54 GFLOP a
+    cloud."""
     rows = [torch.empty(0, model.pc_projection.shape[1])]
-    for i in tqdm(range(0, len(clouds), BATCH), desc="PointBERT", disable=None if progress else True):
-        x = prepare(clouds[i:i + BATCH], model.channels, first=i).to(device)
+    for i in tqdm(range(0, len(clouds), BATCH), desc="PointBERT", disable=None):
+        x = prepare(clouds[i:i + BATCH], model.channels, first=i).to(model.pc_projection.device)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             rows.append(model(x).float().cpu())
     return torch.cat(rows)

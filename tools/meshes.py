@@ -108,9 +108,7 @@ def fans(points, polygons):
             left, table = left[turned], np.roll(table[turned], -1, 1)
         if len(left):
             raise ValueError("found a concave face that no fan of triangles fills")
-    owner = np.concatenate(owner)
-    order = np.argsort(owner, kind="stable")
-    return np.concatenate(triangles)[order], owner[order]
+    return np.concatenate(triangles), np.concatenate(owner)
 
 def painted(points, polygons, of_points, of_faces):
     """The one part of a file of polygons, with colours of points or faces, in any numbers."""
@@ -206,9 +204,7 @@ def read_off(path):
     of_faces = [row[1 + size:][:3] for row, size in zip(faces, sizes)]
     at = 6 if "N" in kind else 3
     of_points = [row[at:at + 3] for row in points if "C" in kind or not kind]
-    whole = [set(map(len, words)) == {3} for words in (of_points, of_faces)]
-    pairs = zip((of_points, of_faces), whole)
-    colours = [np.array(words, float) if three else None for words, three in pairs]
+    colours = [np.array(rows, float) if {*map(len, rows)} == {3} else None for rows in (of_points, of_faces)]
     return painted([row[:3] for row in points], polygons, *colours)
 
 def read_ply(path):
@@ -310,14 +306,13 @@ def prepare(part, tree):
         places = f"TEXCOORD_{texture_of(tree['materials'][part['material']])[0]}"
         if places in attributes:
             attributes["TEXCOORD_0"] = attributes[places]
-    names = [name for name in ("POSITION", "TEXCOORD_0", "COLOR_0") if name in attributes]
-    numbers = [*(attributes[name] for name in names), *([part["indices"]] if "indices" in part else [])]
-    used = [tree["accessors"][k] for k in numbers]
+    numbers, names = attributes | part, ("POSITION", "TEXCOORD_0", "COLOR_0", "indices")
+    used = {name: tree["accessors"][numbers[name]] for name in names if name in numbers}
     if part.get("mode") == 6:
         raise ValueError("found a fan of triangles, which trimesh does not read")
-    if any("sparse" in table or "bufferView" not in table for table in used):
+    if any("sparse" in table or "bufferView" not in table for table in used.values()):
         raise ValueError("found a sparse accessor, which trimesh does not read")
-    if any(table.get("normalized") for name, table in zip(names, used) if name != "COLOR_0"):
+    if any(table.get("normalized") for name, table in used.items() if name != "COLOR_0"):
         raise ValueError("found normalised integers, which trimesh does not scale")
 
 READERS = {".obj": read_obj, ".off": read_off, ".ply": read_ply, ".stl": read_stl, ".glb": read_gltf,
@@ -340,7 +335,7 @@ def jobs_of(args):
         parts = Path(file).relative_to(args.src).with_suffix("").parts
         parts = [part for part in parts if part not in ("models", "model_normalized")] or parts[-1:]
         here = [part for part in parts[:-1] if part in SPLITS]
-        parts = [part for part in parts if part not in here]
+        parts = [*(part for part in parts[:-1] if part not in here), parts[-1]]
         share = int.from_bytes(hashlib.sha256(os.fsencode("/".join(parts))).digest()[:4], "big") / 2 ** 32
         split = here[0] if here else official.get(parts[-1]) or ("val" if share < args.val else "train")
         place = split, parts[0] if len(parts) > 1 else "objects", "-".join(parts[1:] or parts)

@@ -34,8 +34,7 @@ def render(triangles, colours=None, size=448):
     """Views of a surface (T,3,3) in the unit sphere from EYES: uint8 (2,S,S,3), white behind.
 
     Both sides of a triangle are seen, in one shade each; colours uint8 (T,3), None for grey. Twice the size
-    inside, then averaged.
-    """
+    inside, then averaged."""
     S, views = 2 * size, []
     normal = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-30)
@@ -58,8 +57,7 @@ def rasterise(x, y, near, side):
     """Which triangle each pixel sees: int64 (side,side), -1 for none.
 
     x, y, near (T,3): corners in pixels, and 1 / depth, which is linear on the screen. Triangles of like size
-    are filled many at a time, each in a square of pixels around it.
-    """
+    are filled many at a time, each in a square of pixels around it."""
     depth, seen = np.zeros(side * side), np.full(side * side, -1)
     low = np.stack([np.ceil(z.min(1) - 0.5).clip(0, side) for z in (x, y)], 1).astype(np.int64)
     high = np.stack([np.floor(z.max(1) - 0.5).clip(-1, side - 1) for z in (x, y)], 1).astype(np.int64)
