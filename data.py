@@ -208,9 +208,9 @@ def split_of(directory):
     return match and match[1].lower()
 
 def choose_split(ways, wanted):
-    """Which files are of a split, the other directories of their paths, and a line that says so. `ways` are
-    the directories of each path. Splits are the first that differ (x/train/...), or those below
-    (airplane/train/...)."""
+    """Returns the numbers of the files of a split, the other directories of their paths, and a line that says
+    what was taken. `ways` are the directories of each path. Splits are the first that differ (x/train/...),
+    or those below (airplane/train/...)."""
     shared = os.path.commonprefix(ways)
     start = next((k for k, name in enumerate(shared) if split_of(name)), len(shared))
     for depth in (start, start + 1):
@@ -300,7 +300,7 @@ class Folder:
         return pixels, int(self.labels[i])
 
 class Arrays(Folder):
-    """An .npz, in memory, or what tools/pack.py wrote, memory-mapped. Without names labels stand for them."""
+    """An .npz, in memory, or what tools/pack.py wrote, memory-mapped. Without names the labels are names."""
     needs = ("an .npz of `images` (or arr_0) uint8 (N,H,W) or (N,H,W,3), H = W without --res, perhaps "
              "`labels` (N,) and `label_names` (K,), or a directory that tools/pack.py wrote with this --res")
 
@@ -321,7 +321,8 @@ class Arrays(Folder):
             names, shape = found.get("label_names"), images.shape
             grey = len(shape) == 3 and shape[2] > 4        # else one image, (H,W,3)
             known = images.dtype == np.uint8 and images.size and (grey or shape[3:] in ((1,), (3,)))
-            if not known or not (res in (None, shape[1]) if packed else res or shape[1] == shape[2]):
+            fits = res in (None, shape[1]) if packed else res or shape[1] == shape[2]
+            if not known or not fits:
                 raise ValueError(f"found `images` {images.dtype} {shape}, --res {res}")
             if numbers is None or not labels:
                 numbers, names = np.zeros(len(images), np.int64), []

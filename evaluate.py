@@ -194,7 +194,7 @@ def directory_set(path, split):
         return sampled_set(path)
     path = path / split if split and (path / split).is_dir() else path
     files = [] if (path / "manifest.json").exists() else data.find_files(path, (".npy", ".ply"))
-    files.sort(key=lambda file: file.lower().endswith(".npy"))         # which is read, not its twin .ply
+    files.sort(key=lambda file: file.lower().endswith(".npy"))         # of twins the last is read: the .npy
     files = sorted({os.path.splitext(file)[0]: file for file in files}.values())
     return file_set(path, files, data.read_cloud) if files else image_set(path)
 
@@ -223,7 +223,7 @@ def named_set(source, args):
     split = split or (None if kind == "folder" and not os.path.isdir(f"{args.data}/val") else "val")
     found = data.load(kind, args.data, res=args.res or FOLDERS.get(name), points=args.points,
                       category=args.category, split=split)
-    count = args.n or 2 ** 10 if name in ("glyphs", "solids") else len(found)         # those two are endless
+    count = (args.n or 1024) if name in ("glyphs", "solids") else len(found)          # those two are endless
     key, scale = (found.res, None) if found.domain == "image" else (args.category or "all", "box")
     return of_dataset(found, args.data, source=f"{name}:{split or 'all'}", count=count, normalisation=scale,
                       dataset=(name, key), record={"split": split or "all"})

@@ -31,7 +31,7 @@ from tools.pack import CORES, in_parallel
 from toys import SPLITS, Solids, on_surface
 
 GREY = 200                      # of a triangle without a colour
-# Extensions of glTF that may be required; and those without which what is used is another surface.
+# Extensions of glTF that may be required; UNDECODED ones hide the surface even where they are only used.
 DECODED = re.compile("KHR_(materials_|lights_|texture_transform|mesh_quantization)|EXT_texture_webp")
 UNDECODED = re.compile("compression|instancing")
 TRIANGLE, NORMALS = re.compile(r"f( +[1-9][\d/]*){3} *$"), re.compile(r"(\d/\d*)/-?\d*")
@@ -90,7 +90,7 @@ def as_bytes(colours):
     return (255 * (colours / largest).clip(0, 1)).round().astype(np.uint8)
 
 def fans(points, polygons):
-    """Polygons, lists of places in points, as triangles (T,3), and the polygon of each (T,). A fan starts at
+    """Polygons, lists of numbers of points, as triangles (T,3), and the polygon of each (T,). A fan starts at
     the first corner from which it faces one way, and so fills also a concave polygon."""
     sizes = np.array([len(polygon) for polygon in polygons], int)
     triangles, owner = [np.zeros((0, 3), int)], [np.zeros(0, int)]
@@ -121,7 +121,7 @@ def painted(points, polygons, of_points, of_faces):
     return [(mesh, np.eye(4))]
 
 class Files(dict):
-    """What trimesh reads by name: what is put here, else a file in FOLDER or ../ (ShapeNet's textures)."""
+    """The files that trimesh asks for by name: entries put here, else files of FOLDER or ../."""
 
     def __missing__(self, name):
         return Path(self["FOLDER"], name.replace("\\", "/")).read_bytes()
@@ -139,7 +139,7 @@ def by_trimesh(path, content=None, kind=None, files=None):
     return [part for part in parts if hasattr(part[0], "faces")]
 
 def plain(path):
-    """Text without marks of its order, tabs, continued lines and comments; a name may hold a #."""
+    """Text without byte-order mark, tabs, continued lines and comments; a # inside a name stays."""
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     text = re.sub(r"\r\n?", "\n", re.sub(r"\\\r?\n|\t", " ", text))
     return re.sub("(?m)^#.*", "", re.sub(" #.*", "", re.sub("(?m)^ +", "", text)))
@@ -278,7 +278,7 @@ def read_gltf(path):
     for mesh in tree.get("meshes", []):
         mesh["primitives"] = [part for part in mesh["primitives"] if "POSITION" in part["attributes"]]
         for part in mesh["primitives"]:
-            prepare(part, tree)
+            check_primitive(part, tree)
     parts = by_trimesh(path, json.dumps(tree).encode(), "gltf", files)
     for mesh in {id(mesh): mesh for mesh, _ in parts}.values():
         if mesh.visual.kind == "texture" and mesh.visual.uv is not None:
@@ -287,25 +287,25 @@ def read_gltf(path):
     return parts
 
 def texture_of(material):
-    """Which places it takes, and its KHR_texture_transform."""
+    """The number n of the TEXCOORD_n that it takes, and its KHR_texture_transform."""
     texture = material.get("pbrMetallicRoughness", {}).get("baseColorTexture", {})
     move = texture.get("extensions", {}).get("KHR_texture_transform", {})
     return move.get("texCoord", texture.get("texCoord", 0)), move
 
-def moved(places, move):
-    """glTF's places, v downwards; turned as three.js does, since the extension's text has both ways."""
+def moved(uv, move):
+    """glTF's texture coordinates, v downwards; turned as three.js does (the extension says both)."""
     cos, sin = math.cos(move.get("rotation", 0)), math.sin(move.get("rotation", 0))
-    return move.get("scale", [1, 1]) * places @ [[cos, -sin], [sin, cos]] + move.get("offset", [0, 0])
+    return move.get("scale", [1, 1]) * uv @ [[cos, -sin], [sin, cos]] + move.get("offset", [0, 0])
 
-def prepare(part, tree):
-    """A primitive whose places are TEXCOORD_0; ValueError for what trimesh would leave out without a word."""
+def check_primitive(part, tree):
+    """Its texture coordinates become TEXCOORD_0; ValueError for what trimesh would leave out silently."""
     attributes = part["attributes"]
     if "COLOR_0" in attributes:
         part.setdefault("material", len(tree["materials"]) - 1)
     if "material" in part:
-        places = f"TEXCOORD_{texture_of(tree['materials'][part['material']])[0]}"
-        if places in attributes:
-            attributes["TEXCOORD_0"] = attributes[places]
+        uv = f"TEXCOORD_{texture_of(tree['materials'][part['material']])[0]}"
+        if uv in attributes:
+            attributes["TEXCOORD_0"] = attributes[uv]
     numbers, names = attributes | part, ("POSITION", "TEXCOORD_0", "COLOR_0", "indices")
     used = {name: tree["accessors"][numbers[name]] for name in names if name in numbers}
     if part.get("mode") == 6:
@@ -353,10 +353,10 @@ def cloud_of(job, points, triangles):
     seed = 104, *os.fsencode("/".join(job[1:]))                # toys.py and data.py have 101 to 103
     return on_surface(triangles, np.random.default_rng(seed).random((points, 3)))
 
-def write_job(job, dst, points, place, prepare=None):
-    """Writes the cloud of a job at DST/place, if it is not there, as the last of its files: before it
+def write_job(job, dst, points, template, prepare=None):
+    """Writes the cloud of a job at DST/template, if it is not there, as the last of its files: before it
     prepare(path, triangles, colours) may write others, and gives the triangles that the cloud is of."""
-    path = Path(dst, place.format(**job._asdict()))
+    path = Path(dst, template.format(**job._asdict()))
     if path.exists() and len(read_cloud(path)) != points:
         raise ValueError(f"{path}: found another number of points; expected {points}, or another directory")
     if not path.exists():
@@ -368,10 +368,10 @@ def write_job(job, dst, points, place, prepare=None):
         triangles = prepare(path, triangles, colours) if prepare else triangles
         write_atomic(path, partial(np.save, arr=cloud_of(job, points, triangles)))
 
-def run(args, place, prepare=None):
+def run(args, template, prepare=None):
     """write_job of every job; prints how many there are of each class and split."""
     jobs, done = jobs_of(args), collections.Counter()
-    write = partial(write_job, dst=args.dst, points=args.points, place=place, prepare=prepare)
+    write = partial(write_job, dst=args.dst, points=args.points, template=template, prepare=prepare)
     for job, problem in zip(jobs, in_parallel(write, jobs, args.workers, "mesh")):
         if not problem:
             done[CATEGORIES.get(job.kind, job.kind), job.split] += 1
