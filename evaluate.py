@@ -9,7 +9,6 @@ LION's .pt of point clouds (S,P,3); a data set, NAME or NAME:SPLIT. X may be a c
 To add a metric: a function in metrics/, a score function here that gives {name: value} for all its names,
 and a row of METRICS. S items, P points, d features, b in a batch.
 """
-import argparse
 import hashlib
 import json
 import os
@@ -33,7 +32,7 @@ import data
 import sample
 from metrics import clip, clouds, dinov2, frechet, inception, nearest, pointnet, references, ulip, weights
 from metrics.precision_recall import density_coverage, precision_recall
-from sample import RANK, WORLD, natural, positive, print0, wait_for_all, write_atomic, write_json
+from sample import RANK, WORLD, flag_parser, natural, positive, print0, wait_for_all, write_atomic, write_json
 
 # ---- Scores ---------------------------------------------------------------------------------------------
 class Task:
@@ -528,7 +527,7 @@ def stats(args):
 
 # ---- Flags ---------------------------------------------------------------------------------------------
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flag_parser(__doc__)
     flag = p.add_argument
     flag("command", nargs="?", choices=("stats",))
     flag("--fake", help="the samples, or a checkpoint or shipped model to draw them from")

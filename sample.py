@@ -565,6 +565,9 @@ def print0(text="", file=None):
     if RANK == 0:
         print(text, file=file, flush=True)
 
+def flag_parser(text):                                                 # --help shows it as it stands
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
 def run_main(main):
     """Runs a command; an error of its input ends in one line and status 2."""
     sys.stdout.reconfigure(errors="backslashreplace")                  # file names need not be text
@@ -686,7 +689,7 @@ def wishes_of(args):
     return {name: getattr(args, name, None) for name in WISHES.keys() - {"size"}} | dict(options=options)
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flag_parser(__doc__)
     flag = p.add_argument
     add_flags(flag, "16, fewer of large ones", "1x")
     flag("--crop", type=parse_box, metavar="x0,y0,x1,y1", help="images: draw this box of the pixels alone")

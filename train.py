@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_map_only
 import data
 from model import ASFT, ENCODERS, PATHS, PRESETS, TIMES, cicfm_loss, config, image_coords
 from sample import (RANK, SOLVERS, WORLD, autocast, check_compiler, checkpoints, draw_points, find_checkpoint,
-                    generate, grid_image, natural, normals, positive, print0, progress_bar, random_words,
-                    read_checkpoint, run_main, start_processes, to_pixels, write_atomic, write_json,
-                    write_png)
+                    flag_parser, generate, grid_image, natural, normals, positive, print0, progress_bar,
+                    random_words, read_checkpoint, run_main, start_processes, to_pixels, write_atomic,
+                    write_json, write_png)
 
 # ---- Recipes: every value is a default that a flag of the same name overrides ------------------------------
 PAPER = dict(lr=1e-4, warmup=0, schedule="constant", ema=0.999, clip=2.0, drop=0.1, path="linear",
@@ -128,7 +128,7 @@ RANGES = dict(ema=(0, 0.9999999), drop=(0, 1), beta2=(0, 0.999999), lr=(1e-12, 1
               guidance=(0, 1e3))
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flag_parser(__doc__)
     for name, (default, kind, text) in FLAGS.items():
         how = dict(type=kind) if callable(kind) else dict(choices=kind)
         if kind is bool:

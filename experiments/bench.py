@@ -3,7 +3,6 @@
 Each row times two ways of doing the same work in turn and compares their medians. Nothing passes or fails
 here: machines differ.
 """
-import argparse
 import itertools
 import os
 import statistics
@@ -226,7 +225,7 @@ SECTIONS = {"step": step, "guided": guided, "decode": decode, "data": folder, "m
             "small": small}                                            # which needs a compiler
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = sample.flag_parser(__doc__)
     p.add_argument("section", nargs="*", choices=[[], *SECTIONS], help=f"default: all, {', '.join(SECTIONS)}")
     sample.start_processes("cpu")
     for name in p.parse_args().section or SECTIONS:

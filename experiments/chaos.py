@@ -12,7 +12,6 @@
 
 Each command prints its figures and ends with status 1 if anything did not hold. It needs Linux's /proc.
 """
-import argparse
 import json
 import os
 import pathlib
@@ -224,7 +223,7 @@ def long(work, runs, rng, steps=3000):
 COMMANDS = {f.__name__: f for f in (kill, ranks, disk, sampling, elastic, deterministic, long)}
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = sample.flag_parser(__doc__)
     p.add_argument("command", choices=[*COMMANDS, "all"])
     p.add_argument("--runs", type=int, default=20, help="of kill, ranks and sampling (default: 20)")
     args = p.parse_args(argv)

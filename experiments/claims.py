@@ -15,7 +15,6 @@ seed 0, classes in turn, without guidance, Euler 25, averaged weights. Clouds: a
 What is finished is kept in --out and not done again, an interrupted training goes on. Results are the table
 printed, results/NAME-SET-STEPS.json there, and .png: the first samples, a row for each row of the table.
 """
-import argparse
 import json
 import math
 import statistics
@@ -429,7 +428,7 @@ def cell(key, row):
     return f"{text} ± {float(f'{half:.2g}'):g}"
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = sample.flag_parser(__doc__)
     p.add_argument("name", choices=CLAIMS)
     p.add_argument("--data", help=".npz, or tree of ShapeNet (default: built-in glyphs and solids)")
     p.add_argument("--fine", nargs="+", help="upscale: the same pictures, finer (default: glyphs)")

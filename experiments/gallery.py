@@ -9,7 +9,6 @@ noise: letters and emoji 0 to 7 at 4 times, each with white noise above coupled 
 
 Nothing is picked: samples are 0 to n-1 of seed 0. Writes assets/NAME.png (or --out), by default all of them.
 """
-import argparse
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -77,7 +76,7 @@ PICTURES = {"resolutions": resolutions, "emoji": emoji, "letters": partial(sheet
             "views": views, "zoom": zoom, "noise": noise}
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = sample.flag_parser(__doc__)
     p.add_argument("names", nargs="*", choices=[[], *PICTURES], metavar="NAME", help=", ".join(PICTURES))
     p.add_argument("--out", type=Path, default=common.ROOT / "assets", help="directory (default: assets)")
     args = p.parse_args(argv)

@@ -3,7 +3,6 @@
 Share of samples that a classifier trained on real glyph renders reads as their class. Samples are 0 to n-1
 of seed 0, classes in turn, with white noise and the recipe's guidance and number of Euler steps. Prints JSON.
 """
-import argparse
 import json
 import tempfile
 
@@ -14,7 +13,7 @@ import claims
 import sample
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = sample.flag_parser(__doc__)
     p.add_argument("--ckpt", default="runs/glyphs")
     p.add_argument("--n", type=sample.positive, default=180, help="samples (default: 180)")
     args = p.parse_args()

@@ -201,7 +201,7 @@ def runs(task):
 CHECKS = {f.__name__: f for f in (numbers, compiled, speed, sampling, metrics, runs)}
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = sample.flag_parser(__doc__)
     p.add_argument("names", nargs="*", choices=[[], *CHECKS], metavar="CHECK",
                    help=f"of {', '.join(CHECKS)} (default: all)")
     p.add_argument("--dry", action="store_true", help="the same code on the CPU with the smallest models")

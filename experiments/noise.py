@@ -7,7 +7,6 @@ neighbouring pixels. Rows `bilinear` and `bicubic` enlarge samples of white nois
 with 1. --real gives held-out images of each size as .npz with `images` and `labels` (default: glyphs).
 Writes --out.json, --out-TIMESx.png (samples 0 to 7 of each arm, in rows) and a table in Markdown.
 """
-import argparse
 
 import numpy as np
 
@@ -30,7 +29,7 @@ def gradient(images):
     return float(np.abs(np.diff(x, axis=2)).mean() + np.abs(np.diff(x, axis=1)).mean()) / 2
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = sample.flag_parser(__doc__)
     p.add_argument("--ckpt", required=True)
     p.add_argument("--real", nargs="+", help="held-out images, an .npz for each size")
     p.add_argument("--times", nargs="+", type=sample.positive, default=[1, 4])

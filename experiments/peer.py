@@ -133,7 +133,7 @@ def ratio(minutes, goal, curve):
     return f"{minutes / np.exp(np.interp(goal, falls[::-1], times[::-1])):.2g}"
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = sample.flag_parser(__doc__)
     p.add_argument("--data", help=".npz of images and labels (default: built-in glyphs)")
     p.add_argument("--minutes", nargs="+", type=float, default=[2, 5, 15], help="budgets (default: 2 5 15)")
     p.add_argument("--arms", nargs="+", default=["asft", "dit/2", "dit/4"], help="default: asft dit/2 dit/4")

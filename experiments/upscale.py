@@ -5,7 +5,6 @@ Draws the n samples at the training resolution and --times finer, enlarges the f
 evaluate.py. They and metrics-ARM.json are kept in --out (default: upscale/ in the run). The paper has
 ASFT 23.09, bilinear 35.05, bicubic 24.34 (FID of FFHQ-256 at 512).
 """
-import argparse
 from pathlib import Path
 
 from PIL import Image
@@ -22,7 +21,7 @@ def enlarge(src, dst, side, how):
     return dst
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = sample.flag_parser(__doc__)
     p.add_argument("--ckpt", help="as for sample.py (default: the newest run, else glyphs)")
     p.add_argument("--real", required=True, help="reference images, as for evaluate.py")
     p.add_argument("--times", type=sample.positive, default=4, help="how much finer (default: 4)")

@@ -5,7 +5,6 @@
 Wrong is what cannot be read, what holds the same as another item, and another size (pixels of an image,
 points of a cloud) than 90 % have, or with --least one below N; of a packed set also bytes of another SHA-256.
 """
-import argparse
 import collections
 import hashlib
 import json
@@ -18,7 +17,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Arrays, Folder, Objaverse, ShapeNet, find_files, split_of
 from metrics.weights import sha256
-from sample import natural, positive, run_main
+from sample import flag_parser, natural, positive, run_main
 from tools.pack import CORES, in_parallel
 
 def datasets(path):
@@ -79,7 +78,7 @@ def check(path, least=None, workers=0):
     return wrong.total()
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flag_parser(__doc__)
     p.add_argument("path", help="what train.py takes as --data: images, clouds, or a packed set")
     p.add_argument("--least", type=positive, metavar="N", help="smallest side, or number of points")
     p.add_argument("--workers", type=natural, default=CORES, help=f"processes (default: one a core, {CORES})")

@@ -3,14 +3,13 @@
 Averaged weights alone, in bfloat16, without optimizer and without the paths of the run. sample.py,
 evaluate.py and train.py --init take it as any checkpoint; to resume needs the whole one.
 """
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import find_checkpoint, read_checkpoint, run_main, write_atomic
+from sample import find_checkpoint, flag_parser, read_checkpoint, run_main, write_atomic
 
 def export(run, path):
     ckpt = read_checkpoint(find_checkpoint(run))
@@ -21,7 +20,7 @@ def export(run, path):
     print(f"{path}: step {ckpt['step']}, {sum(x.numel() for x in ema.values()) / 1e6:.2f}M numbers")
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flag_parser(__doc__)
     p.add_argument("run", help="checkpoint file or run directory")
     p.add_argument("path", help="file to write")
     export(**vars(p.parse_args(argv)))

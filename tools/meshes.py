@@ -6,7 +6,6 @@ Writes DST/CLASS/SPLIT/NAME.npy, float32 (P,3) in units of the mesh; keeps what 
 command goes on. In order: `read_mesh`; colours; polygons; a reader for each kind of file, by trimesh, helped
 where that goes wrong; jobs and their clouds, which tools/render.py shares. T triangles, P points.
 """
-import argparse
 import collections
 import csv
 import hashlib
@@ -26,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import CATEGORIES, find_files, read_cloud, reading
-from sample import natural, positive, run_main, write_atomic
+from sample import flag_parser, natural, positive, run_main, write_atomic
 from tools.pack import CORES, in_parallel
 from toys import SPLITS, Solids, on_surface
 
@@ -384,7 +383,7 @@ def run(args, template, prepare=None):
     print(f"{done.total()} of {len(jobs)} meshes in {args.dst}, {args.points} points each")
 
 def parser(text, points):
-    p = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flag_parser(text)
     p.add_argument("src", help=f"directory of meshes ({' '.join(READERS)}), or solids:SPLIT of toys.py")
     p.add_argument("dst", help="directory to write")
     p.add_argument("--points", type=positive, default=points, help=f"of a cloud (default: {points})")

@@ -5,7 +5,6 @@
 SRC is what --dataset folder reads. Writes DST/images.npy, uint8 (S,R,R,3), and DST/manifest.json, which
 counts those that are done: an interrupted command goes on there. `in_parallel` serves the other tools too.
 """
-import argparse
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Folder, reading, start_worker
 from metrics.weights import sha256
-from sample import natural, positive, run_main, write_json
+from sample import flag_parser, natural, positive, run_main, write_json
 
 SAVE_EVERY = 4096               # images: 0.8 GB at 256 x 256
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -86,7 +85,7 @@ def fill(source, path, manifest, workers):
     write_json(path.with_name("manifest.json"), manifest)
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flag_parser(__doc__)
     p.add_argument("src", help="directory of images, .zip or lmdb")
     p.add_argument("dst", help="directory to write")
     p.add_argument("--res", type=positive, required=True, help="side of the packed images")

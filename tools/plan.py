@@ -3,7 +3,6 @@
 Takes the flags of train.py and needs neither data nor a GPU. FLOPs and bytes are counted on tensors without
 numbers, uncompiled; the utilisation is assumed, data and communication are left out.
 """
-import argparse
 import itertools
 import sys
 import weakref
@@ -17,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from model import ASFT, cicfm_loss, config, forward_flops  # noqa: E402
-from sample import positive, run_main  # noqa: E402
+from sample import flag_parser, positive, run_main  # noqa: E402
 
 H100_FLOPS = 989e12       # dense bfloat16 of the SXM card (NVIDIA's data sheet)
 STATE = 20                # bytes of a parameter: weight, gradient, two of Adam, average
@@ -60,7 +59,7 @@ def activation_bytes(cfg, decoded, batch, grad_checkpoint=False, dtype=torch.bfl
     return alive.peak
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flag_parser(__doc__)
     p.add_argument("--gpus", type=positive, default=8, help="default: 8")
     p.add_argument("--memory", type=float, default=80, help="of a GPU, in GB (default: 80)")
     p.add_argument("--utilisation", type=float, default=0.4, help="share of an H100's peak (default: 0.4)")

@@ -5,7 +5,6 @@ A finished band waits in OUT.parts, so that an interrupted command goes on; torc
 processes. The pixels are those of sample.py up to rounding. --zoom x,y draws four views of --res towards a
 place (0..1 from the upper left corner) instead, each 4 times finer, with the frame of the next in red.
 """
-import argparse
 import hashlib
 import json
 import struct
@@ -86,7 +85,7 @@ def place(text):
     return x, y
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = sample.flag_parser(__doc__)
     sample.add_flags(p.add_argument, "1", "4096")
     p.add_argument("--zoom", type=place, metavar="x,y", help="four views towards this place instead")
     p.set_defaults(n=1, res="4096")

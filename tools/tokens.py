@@ -8,7 +8,6 @@ per object, and tokens.json, which says how. It keeps what is there. The second 
 or of two from opposite sides, as for the training of a checkpoint; sample.py --tokens reads them.
 In order: tokens of views; the two commands. V views, S side of a view, n patches of one, C features.
 """
-import argparse
 import json
 import math
 import sys
@@ -23,7 +22,8 @@ from data import find_files, fit, read_cloud, read_image
 from metrics import dinov2
 from metrics.dinov2 import PATCH
 from metrics.weights import sha256
-from sample import find_checkpoint, natural, positive, read_checkpoint, run_main, write_atomic, write_json
+from sample import (find_checkpoint, flag_parser, natural, positive, read_checkpoint, run_main, write_atomic,
+                    write_json)
 from tools.pack import CORES, in_parallel
 from tools.render import EYES, FIELD, camera
 
@@ -98,7 +98,7 @@ def of_image(files, ckpt, out, weights=None, device="cpu"):
     print(f"{len(cond_token)} tokens: python sample.py --ckpt {ckpt} --tokens {out}")
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flag_parser(__doc__)
     p.add_argument("src", nargs="?", help="directory that tools/render.py wrote")
     p.add_argument("dst", nargs="?", help="directory to write")
     p.add_argument("--features", choices=("dinov2", "patches"), default="dinov2", help="default: dinov2")
