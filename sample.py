@@ -161,8 +161,8 @@ class Velocity:
         out[:, pairs[:h * s, :w * s]] = v[:, :, :-1, :-1].movedim(1, 3)
         exact = torch.ones(height, width, dtype=torch.bool, device=v.device)
         exact[:h * s, :w * s] = rough.repeat_interleave(s, 0).repeat_interleave(s, 1)
-        decode(pairs[exact])
         self.progress(((~exact).sum().item() - corners.numel() - middles.numel()) / out.shape[1])
+        decode(pairs[exact])
 
 @torch.no_grad()
 def generate(model, indices, seed=0, size=None, part=None, label=None, tokens=None, guidance=1.0,
@@ -617,10 +617,10 @@ def wait_for_all():
         dist.barrier()
 
 def progress_bar(total, unit, initial=0):
-    """A bar of the first process; into a file it writes every 10 s."""
-    return tqdm(total=total, unit=unit, initial=initial, disable=RANK > 0,
+    """A bar of the first process; into a file it writes every 10 s. Shares may add up to a little more."""
+    return tqdm(total=total + 1e-6, unit=unit, initial=initial, disable=RANK > 0,
                 mininterval=0.1 if sys.stderr.isatty() else 10,
-                bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]")
+                bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]")
 
 # ---- Command line
 def positive(text, least=1):
