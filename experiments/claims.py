@@ -89,7 +89,7 @@ def arms(task):
         "width 256, lr 1e-3": ["--width", 256, *half],
         "2 levels": ["--levels", 2], "RoPE": ["--rope"],
         "uniform t": ["--times", "uniform"], "no QK-norm": ["--no-qk-norm"],
-        "S": ["--model", "S", "--lr", 1e-4, "--schedule", "constant"],                   # as the paper's
+        "S": ["--model", "S", "--lr", 1e-4, "--schedule", "constant", "--batch-size", 8],
         "lr 1e-3": half, "lr 4e-3": ["--lr", 4e-3], "constant lr": ["--schedule", "constant"],
     }
     for share in (16, 1):
@@ -110,7 +110,7 @@ COMPARED = {          # claim -> default of --steps, arms
     "linear": (2000, ("spatial", "linear")),                                             # App. B
     "plateau": (800, ("spatial", "spatial, uniform start", "encoder heads 16",
                       "encoder heads 16, uniform start", "linear", "linear, uniform start")),
-    "S": (300, ("S", "S, uniform start")),                                               # at 64 pixels
+    "S": (200, ("S", "S, uniform start")),                 # the paper's preset and rate, for 64 pixels
     "classes": (2000, ("preset", "preset, small classes")),
     "heads": (1000, ("preset", "preset, heads apart", "linear")),
     "switches": (2000, ("encoder heads 16", "2 levels", "RoPE", "uniform t", "no QK-norm")),
