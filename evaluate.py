@@ -51,7 +51,7 @@ def frechet_scores(task, names):
     for name in names:
         sides = [items.statistics[key] for items in (fake, real) for key in METRICS[name].statistics]
         found[name], d = frechet.frechet_distance(*sides), len(sides[0])
-        if min(fake.count, real.count or real.record.get("n", fake.count)) <= d:
+        if min(fake.count, real.record.get("n") or real.count or fake.count) <= d:
             task.warn(f"{name}: fewer items than the {d} dimensions of the features: covariances are "
                       f"rank-deficient, the distance is biased upwards")
     return found
@@ -240,7 +240,7 @@ def sampled_set(path):
 
 def array_set(path):
     """A file of arrays, or of statistics alone."""
-    known = [key for row in METRICS.values() for key in row.statistics]
+    known = [key for row in METRICS.values() for key in row.statistics if key != "classes"]
     with data.reading(path, references.EXPECTED):
         found = references.read(path, known)
     array, about = found.array, dict(vars(found), source=str(path), sha256=weights.sha256(path))
@@ -394,7 +394,8 @@ def evaluate(args):
     model, task = None, Task(args, open_set(args.real, args, "--real"))
     real, held = task.real, open_set(args.held_out, args, "--held-out")
     if args.nearest and not (args.fake and real.count) or args.held_out and not (args.nearest and held.count):
-        raise ValueError("--nearest N needs --fake, and as --real the training items; --held-out needs it")
+        raise ValueError("--nearest N needs --fake, and as --real the training items; --held-out SET needs "
+                         "--nearest N and a set of items")
     if args.fake and is_checkpoint(args.fake):
         model, checkpoint = sample.load(args.fake, "raw" if args.raw else "ema")
     else:
@@ -430,8 +431,9 @@ def evaluate(args):
 def compute(task, names, runs):
     """Features of the sets, where metrics need them, then {name: figure}, on process 0."""
     for side, items in (("fake", task.fake), ("real", task.real)):
+        stored = {*items.statistics} - {*ROWS} if side == "real" else {}
         streamed = [name for name in names if METRICS[name].feature and side in METRICS[name].needs
-                    and (side == "fake" or not {*METRICS[name].statistics} & {*items.statistics})]
+                    and not {*METRICS[name].statistics} & {*stored}]
         if streamed and items.count:
             extract(task, side, streamed, runs)
     check_pair(task, names)
@@ -492,7 +494,7 @@ def check_pair(task, names):
         task.warn(f"file types differ: {types[0]} samples, {types[1]} references; "
                   "compression alone moves FID")
     resize = task.real.record.get("resize", task.args.resize)
-    if resize != task.args.resize:
+    if resize != task.args.resize and "inception" in task.protocol["networks"]:
         task.warn(f"--resize {task.args.resize}, but the reference was made with {resize}: not comparable")
     if None not in sizes and sizes[0] != sizes[1]:
         task.warn(f"sizes differ: samples {sizes[0]}, references {sizes[1]}; --res brings images to one")

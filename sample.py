@@ -346,7 +346,8 @@ def sample(model, checkpoint, n=None, out=None, batch=None, chunk=None, npz=Fals
     with progress_bar(len(todo), "sample") as bar:
         for mine in (todo[i:i + batch] for i in range(0, len(todo), batch)):
             x, record["nfe"] = draw(model, setting, mine, tokens, chunk=chunk,
-                                    progress=lambda share: bar.update(len(mine) * share / calls))
+                                    progress=lambda share: bar.update(
+                                        min(len(mine) * share / calls, bar.total - bar.n)))
             for i, values in zip(mine, x):
                 write_sample(out / record["samples"][i]["file"], values, setting["shape"], image)
     wait_for_all()
@@ -502,14 +503,13 @@ def read_checkpoint(path, mmap=False):
                 raise FileNotFoundError
             if not damaged and {"ema", "step", "config"} <= {*ckpt}:
                 return dict(ckpt, path=file)
-            damaged = damaged or f"it holds {', '.join(map(str, ckpt))}"
         except FileNotFoundError:
             if Path(path).exists():                                    # a save has moved the file meanwhile
                 return read_checkpoint(path, mmap)
             raise
         except Exception as e:                                         # broken bytes raise nearly anything
             damaged = type(e).__name__
-        print0(f"warning: {file}: not a whole checkpoint of train.py ({damaged})", sys.stderr)
+        print0(f"warning: {file}: not a whole checkpoint of train.py ({damaged or 'no weights'})", sys.stderr)
     raise ValueError(f"{path}: no readable checkpoint; expected a ckpt.pt of train.py, or its run directory")
 
 def load(path=None, weights="ema"):
@@ -617,10 +617,10 @@ def wait_for_all():
         dist.barrier()
 
 def progress_bar(total, unit, initial=0):
-    """A bar of the first process; into a file it writes every 10 s. Shares may add up to a little more."""
-    return tqdm(total=total + 1e-6, unit=unit, initial=initial, disable=RANK > 0,
+    """A bar of the first process; into a file it writes every 10 s."""
+    return tqdm(total=total, unit=unit, initial=initial, disable=RANK > 0,
                 mininterval=0.1 if sys.stderr.isatty() else 10,
-                bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]")
+                bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]")
 
 # ---- Command line
 def positive(text, least=1):

@@ -261,9 +261,11 @@ def main(argv=None):
         try:
             parts = [next(batches) for _ in range(pieces)]
         except ValueError as e:                            # an item; the weights are those of this step
+            bar.close()
             advice = "see --skip-bad"
             if step and WORLD == 1:
                 run_dir.save(step, model, ema, optimizer, last=True)
+                attempt(run_dir.draw_curve)
                 advice = f"step {step} is saved, continue with --resume auto"
             raise ValueError(f"{e}; {advice}") from None
         for i, part in enumerate(parts, RANK * pieces):

@@ -433,7 +433,7 @@ def main(argv=None):
     p.add_argument("--data", help=".npz, or tree of ShapeNet (default: built-in glyphs and solids)")
     p.add_argument("--fine", nargs="+", help="upscale: the same pictures, finer (default: glyphs)")
     p.add_argument("--category", default="airplane", help="of clouds (default: airplane)")
-    p.add_argument("--steps", type=sample.positive, help="of every arm (default: 800 to 10,000, by claim)")
+    p.add_argument("--steps", type=sample.positive, help="of every arm (default: 200 to 10,000, by claim)")
     p.add_argument("--n", type=sample.positive, default=300, help="pictures of an arm (default: 300)")
     p.add_argument("--seeds", type=sample.positive, default=3, help="trainings, or sets of clouds (3)")
     p.add_argument("--out", default="runs/claims")

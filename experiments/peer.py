@@ -2,8 +2,8 @@
 
 The peer is a pixel-space patch transformer, dit/2 or dit/4 by its patch side: linear patches with a learned
 place, DiT blocks (adaLN-Zero), a linear head. Its blocks are ASFT's own, so neither has faster code, and as
-many as ASFT has attentions in a row. All else is recipe npz for both; "spatial" is ASFT with that encoder,
-"dit/4@5e-4" an arm with a rate of its own.
+many as "spatial", ASFT with that encoder, has attentions in a row. All else is recipe npz for both;
+"dit/4@5e-4" is an arm with a rate of its own.
 
 The clock is CPU time in training steps, data included, on one thread. Each of --minutes is a training of its
 own, at whose end the learning rate is zero. Its averaged weights are judged: samples 0 to n-1 of seed 0,

@@ -136,6 +136,10 @@ def test_adm_statistics(network):
         run("--fake", "b.npz", "--real", "adm.npz", "--metrics", "fid", "recall")
     found = run("--fake", "b.npz", "--real", "full.npz", "--metrics", "precision", "recall")["metrics"]
     assert found == {"precision": 1, "recall": 1}
+    said = run("--fake", "b.npz", "--real", "adm.npz", "--resize", "clean")["warnings"]
+    assert not any("reference was made" in w for w in said)            # it does not say how
+    said = run("--fake", "b.npz", "--real", "full.npz", "--resize", "clean")["warnings"]
+    assert any("reference was made with tf1" in w for w in said)
     assert set(run("--fake", "b.npz")["metrics"]) == {"is", "is_std"}
 
 def test_fdd_is_of_resized_images_and_of_vit_l(monkeypatch):
@@ -162,7 +166,7 @@ def test_nearest_items_of_the_training_set():
     a = np.stack([b[4], images(1, seed=3)[0], b[8]])
     folder("train", b[:9])
     np.savez("held.npz", b[9:])
-    np.savez("a.npz", arr_0=a, mu_fd=np.zeros(27), sigma_fd=np.eye(27))          # ADM's files hold both
+    np.savez("a.npz", a)
     result = run("--fake", "a.npz", "--real", "train", "--nearest", 2, "--held-out", "held.npz")
     rms = np.array([[np.sqrt(np.mean((x.astype(float) - y) ** 2)) for y in b] for x in a[:2]])
     near, far, found = rms[:, :9].min(1).mean(), rms[:, 9:].min(1).mean(), result["nearest"]

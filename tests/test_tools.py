@@ -449,7 +449,7 @@ def test_packed_is_the_folder_pixel_for_pixel(images, tmp_path):
             (x, label), (y, same) = folder.item(i, rng()), packed.item(i, rng())
             assert (x == y).all() and label == same
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
-    assert manifest["done"] == manifest["count"] == 22 and manifest["file_type"] == "jpg+png"
+    assert manifest["done"] == manifest["count"] == 22 and manifest["file_type"] == "jpeg+png"
     assert sorted(os.listdir(tmp_path / "set")) == ["images.npy", "manifest.json"]
     assert (np.load(tmp_path / "set" / "images.npy")[7] == folder.item(7)[0]).all()    # readable without us
     assert pack.pack(images, tmp_path / "plain", 8, labels=False)["class_names"] == []

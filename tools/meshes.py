@@ -107,7 +107,9 @@ def fans(points, polygons):
             left, table = left[turned], np.roll(table[turned], -1, 1)
         if len(left):
             raise ValueError("found a concave face that no fan of triangles fills")
-    return np.concatenate(triangles), np.concatenate(owner)
+    owner = np.concatenate(owner)
+    order = np.argsort(owner, kind="stable")
+    return np.concatenate(triangles)[order], owner[order]
 
 def painted(points, polygons, of_points, of_faces):
     """The one part of a file of polygons, with colours of points or faces, in any numbers."""

@@ -23,6 +23,7 @@ from sample import flag_parser, natural, positive, run_main, write_json
 
 SAVE_EVERY = 4096               # images: 0.8 GB at 256 x 256
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+TYPES = {"jpg": "jpeg", "jpe": "jpeg", "jfif": "jpeg", "tif": "tiff"}
 
 def attempt(function, item):
     """function(item), or what is wrong with the item: raised in a worker, it would come as a traceback."""
@@ -43,9 +44,10 @@ def in_parallel(function, items, workers, unit):
 def pack(src, dst, res, labels=True, workers=0):
     """Writes dst, or what is missing of it; returns its manifest."""
     source, dst = Folder(src, res, labels=labels), Path(dst)
+    types = {Path(file).suffix[1:].lower() for file in source.files}
     listing = dict(format="ASFT packed images 2", res=res, count=len(source), class_names=source.class_names,
                    labels=[int(label) for label in source.labels],
-                   file_type="+".join(sorted({Path(file).suffix[1:].lower() for file in source.files})),
+                   file_type="+".join(sorted({TYPES.get(kind, kind) for kind in types})),
                    names_sha256=hashlib.sha256(os.fsencode("\n".join(source.files))).hexdigest())
     manifest = listing | dict(done=0, sha256=None)
     with reading(dst, f"a new directory outside {src}, or one of the same set to go on with"):
