@@ -239,7 +239,7 @@ def main(argv=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
     sums = torch.zeros(5, device=device)       # loss, finite losses, skipped steps, signals, items left out
-    bar, logged, began = progress_bar(args.steps, "step", step), step, time.time()
+    bar, logged, began = progress_bar(max(step, args.steps), "step", step), step, time.time()
 
     def due(every):
         return step > 0 and (last or step % every == 0)
