@@ -240,7 +240,7 @@ def sampled_set(path):
 
 def array_set(path):
     """A file of arrays, or of statistics alone."""
-    known = [key for row in METRICS.values() for key in row.statistics if key != "classes"]
+    known = [key for row in METRICS.values() if "real" in row.needs for key in row.statistics]
     with data.reading(path, references.EXPECTED):
         found = references.read(path, known)
     array, about = found.array, dict(vars(found), source=str(path), sha256=weights.sha256(path))
@@ -431,9 +431,9 @@ def evaluate(args):
 def compute(task, names, runs):
     """Features of the sets, where metrics need them, then {name: figure}, on process 0."""
     for side, items in (("fake", task.fake), ("real", task.real)):
-        stored = {*items.statistics} - {*ROWS} if side == "real" else {}
+        stored = items.statistics.keys() - ROWS if side == "real" else set()     # moments stand for the items
         streamed = [name for name in names if METRICS[name].feature and side in METRICS[name].needs
-                    and not {*METRICS[name].statistics} & {*stored}]
+                    and stored.isdisjoint(METRICS[name].statistics)]
         if streamed and items.count:
             extract(task, side, streamed, runs)
     check_pair(task, names)

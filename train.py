@@ -235,7 +235,7 @@ def main(argv=None):
         workers = 4 if device.type == "cuda" else int(args.loader in ("folder", "shapenet", "objaverse"))
     batches = data.loader(dataset, args.seed, step, args.batch_size, micro, RANK, WORLD, workers,
                           pin=device.type == "cuda", skip_bad=left_out)
-    signals, stop, bad_row = [], None, 0
+    signals, stop, failure, bad_row = [], None, None, 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
     sums = torch.zeros(5, device=device)       # loss, finite losses, skipped steps, signals, items left out
@@ -261,13 +261,10 @@ def main(argv=None):
         try:
             parts = [next(batches) for _ in range(pieces)]
         except ValueError as e:                            # an item; the weights are those of this step
-            bar.close()
-            advice = "see --skip-bad"
-            if step and WORLD == 1:
-                run_dir.save(step, model, ema, optimizer, last=True)
-                attempt(run_dir.draw_curve)
-                advice = f"step {step} is saved, continue with --resume auto"
-            raise ValueError(f"{e}; {advice}") from None
+            if WORLD > 1:
+                raise
+            stop = failure = e
+            continue
         for i, part in enumerate(parts, RANK * pieces):
             with net.no_sync() if WORLD > 1 and part is not parts[-1] else nullcontext():
                 loss = micro_loss(net, coords, part, step, range(i * micro, (i + 1) * micro), args, device)
@@ -302,6 +299,9 @@ def main(argv=None):
             logged, began = step, time.time()
 
     bar.close()
+    if failure:
+        advice = f"step {step} is saved, continue with --resume auto" if step else "see --skip-bad"
+        raise ValueError(f"{failure}; {advice}")
     print0(f"{stop or 'done'} at step {step}; draw samples with: python sample.py --ckpt {args.out}")
 
 # ---- Set-up -----------------------------------------------------------------------------------------------
@@ -573,15 +573,15 @@ class RunDirectory:
             pen.text((666, 314 - 75 * i), f"{top * i / 4:.4g}" if scores else "", "#c0392b")
         write_png(self.out / "loss.png", sheet)
 
-def sample_sheet(run_dir, step, model, ema, dataset):
-    """samples-STEP.png: 16 seeds with EMA weights, below them the same with raw weights, at most 25 steps.
+def sample_sheet(run_dir, step, model, ema, dataset, n=16):
+    """samples-STEP.png: n seeds with EMA weights, below them the same with raw weights, at most 25 steps.
     Classes come in turn, objects from all over the set. The processes share them out."""
-    args, cfg, classes, mine = run_dir.args, model.cfg, len(dataset.class_names), range(RANK, 16, WORLD)
+    args, cfg, classes, mine = run_dir.args, model.cfg, len(dataset.class_names), range(RANK, n, WORLD)
     options = {name: getattr(args, name) for name in ("guidance", "noise", "noise_length")}
     if classes:
         options["label"] = torch.tensor([i % classes for i in mine], device=model.device)
     if cfg.token_dim and mine:
-        tokens = [torch.from_numpy(dataset.item(i * len(dataset) // 16)[2]) for i in mine]
+        tokens = [torch.from_numpy(dataset.item(i * len(dataset) // n)[2]) for i in mine]
         options["tokens"] = torch.stack(tokens).to(model.device)                     # (B, T, token_dim)
     steps, tiles = min(25, args.sampling_steps), {}
     for half, net in enumerate((ema.eval(), model.eval()) if mine else ()):

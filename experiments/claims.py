@@ -95,8 +95,8 @@ def arms(task):
     for share in (16, 1):
         steps = round(task.steps * flops(task.res, pairs // 4) / flops(task.res, pairs // share))
         found[f"decoded 1/{share}, FLOPs of 1/4"] = [*found[f"decoded 1/{share}"], "--steps", steps]
-    both = "spatial", "encoder heads 16", "linear", "S"
-    return found | {f"{arm}, uniform start": found[arm] for arm in both}
+    local = "spatial", "encoder heads 16", "linear", "S"
+    return found | {f"{arm}, uniform start": found[arm] for arm in local}
 
 def flops(res, decode):
     """Forward FLOPs of a training picture under preset tiny."""
